@@ -1,0 +1,456 @@
+"""Configuration that stops at the door: strict frozen dataclasses; defaults < YAML < command line.
+
+Every key has a type, a default and one sentence; unknown keys are errors that suggest the right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the cure."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    """The policy."""
+
+    path: str = Field(
+        default="", description="Model folder, hub name or fetched name (smollm2); empty: the world's own tiny model."
+    )
+    tokenizer: str = Field(default="", description="Tokenizer folder or hub name; empty: the one beside the model.")
+    lora_rank: int = Field(
+        default=0, ge=0, description="Rank of LoRA adapters on every linear layer; 0 trains all weights."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that ships with a model. Off unless you trust it."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Where rows come from: a built-in world, or files and hub names."""
+
+    world: Literal["grammar", "movies", "files"] = Field(
+        default="files", description="Built-in data, or `files` for the paths below."
+    )
+    sft: str = Field(default="", description="Rows to imitate: a JSONL, CSV or parquet file, or a hub name.")
+    preferences: str = Field(default="", description="Comparisons to train the reward model on.")
+    prompts: str = Field(default="", description="Prompts the policy practises on.")
+    preferences_heldout: str = Field(
+        default="", description="Comparisons never trained on; empty: a share of `preferences`."
+    )
+    prompts_heldout: str = Field(default="", description="Prompts never trained on; empty: a share of `prompts`.")
+    heldout_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of distinct prompts set aside where no held-out file is given."
+    )
+    chat: bool = Field(
+        default=False, description="Put plain-string prompts into the tokenizer's chat template as a user turn."
+    )
+    max_prompt_length: int = Field(
+        default=256, ge=1, description="Longest prompt in tokens; a longer one is an error unless `truncate` says else."
+    )
+    truncate: Literal["error", "left", "right", "drop"] = Field(
+        default="error", description="What happens to a prompt that is too long."
+    )
+    max_bad_rows: int = Field(
+        default=0, ge=0, description="Corrupt rows tolerated (skipped and counted) before the run stops."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class StrategyConfig:
+    """Where models live and how numbers are computed."""
+
+    kind: Literal["naive"] = Field(default="naive", description="naive: one device.")
+    device: str = Field(default="", description="cpu, cuda, mps; empty: the best one present.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Compute type; auto: bf16 where the hardware has it, else fp32."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 leaves them."
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: one for tiny models, all cores otherwise.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SFTConfig:
+    """Stage 1, supervised fine-tuning."""
+
+    skip: bool = Field(default=False, description="Start from `model.path` as it is.")
+    steps: int = Field(default=0, ge=0, description="Optimizer steps; 0: `epochs` passes over the rows.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the rows when `steps` is 0.")
+    max_rows: int = Field(default=0, ge=0, description="Use only this many rows; 0: all.")
+    batch_size: int = Field(default=32, ge=1, description="Rows an optimizer step.")
+    micro_batch_size: int = Field(
+        default=0, ge=0, description="Rows a forward pass; 0: the whole batch. Changes memory, not results."
+    )
+    learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="How the learning rate ends at zero."
+    )
+    warmup_fraction: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps during which the rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_length: int = Field(
+        default=512, ge=2, description="Longest prompt + completion in tokens; completions are cut there."
+    )
+    lora_rank: int = Field(default=-1, ge=-1, description="LoRA rank in this stage; -1: `model.lora_rank`.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardConfig:
+    """Stage 2, the reward model."""
+
+    skip: bool = Field(default=False, description="Train no reward model; `ppo.rewards` must then name the rewards.")
+    model: str = Field(
+        default="policy",
+        description="Backbone: `policy` (the SFT result), a fetched name (minilm), a folder or a hub name.",
+    )
+    steps: int = Field(default=0, ge=0, description="Optimizer steps; 0: `epochs` passes over the comparisons.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the comparisons when `steps` is 0.")
+    max_rows: int = Field(default=0, ge=0, description="Use only this many comparisons; 0: all.")
+    batch_size: int = Field(default=32, ge=1, description="Comparisons an optimizer step.")
+    micro_batch_size: int = Field(default=0, ge=0, description="Comparisons a forward pass; 0: the whole batch.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="How the learning rate ends at zero."
+    )
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps during which the rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_length: int = Field(default=512, ge=2, description="Longest text in the reward model's own tokens.")
+    loss: Literal["log_sig", "log_exp"] = Field(
+        default="log_sig", description="Bradley-Terry loss as -log sigmoid, or as log(1 + exp)."
+    )
+    centering: float = Field(
+        default=0.0, ge=0, description="Weight of (r_chosen + r_rejected)^2, which keeps scores near zero."
+    )
+    dropout: bool = Field(default=False, description="Keep the backbone's dropout on while training.")
+    lora_rank: int = Field(default=0, ge=0, description="LoRA rank for the backbone; 0 trains all weights.")
+    eval_every: int = Field(
+        default=0, ge=0, description="Measure held-out accuracy every so many steps; 0: at the end."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RewardPart:
+    """One term of the reward."""
+
+    use: str = Field(description="trained | model:FOLDER | module:function or file.py:function | rule:NAME | vader")
+    weight: float = Field(default=1.0, description="Factor in the sum.")
+    clamp: float = Field(default=0.0, ge=0, description="Limit a reward model's score to ± this; 0: no limit.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PPOConfig:
+    """Stage 3, PPO."""
+
+    skip: bool = Field(default=False, description="Stop after the reward model.")
+    steps: int = Field(default=100, ge=1, description="Rollout-and-learn iterations.")
+    rewards: dict[str, RewardPart] = Field(
+        default_factory=dict, description="Named terms; empty: the trained reward model."
+    )
+    prompts_per_step: int = Field(default=64, ge=1, description="Prompts drawn an iteration.")
+    num_samples: int = Field(default=1, ge=1, description="Completions of each prompt.")
+    train_batch_size: int = Field(default=64, ge=1, description="Completions an optimizer step.")
+    micro_batch_size: int = Field(default=0, ge=0, description="Completions a forward pass; 0: the whole batch.")
+    max_epochs: int = Field(default=1, ge=1, description="Passes over the iteration's experience.")
+    level: Literal["token", "sequence"] = Field(
+        default="token", description="token: critic value per token and GAE. sequence: one action per completion."
+    )
+    learning_rate: float = Field(default=1e-5, gt=0, description="The actor's peak learning rate.")
+    critic_learning_rate: float = Field(default=1e-4, gt=0, description="The critic's peak learning rate.")
+    critic_layers: int = Field(
+        default=0, ge=0, description="Build the critic from the policy's first layers only; 0: all of them."
+    )
+    critic_warmup: int = Field(default=0, ge=0, description="Iterations in which only the critic learns.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="How both learning rates end at zero."
+    )
+    warmup_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the iterations during which the rates rise."
+    )
+    kl_coef: float = Field(
+        default=0.05,
+        ge=0,
+        description="Price of one nat of KL from the reference, taken from the reward at every token.",
+    )
+    kl_target: float = Field(
+        default=0.0, ge=0, description="Adapt kl_coef to keep this KL per completion (nats); 0: fixed."
+    )
+    kl_horizon: int = Field(default=10_000, ge=1, description="Completions over which an adaptive coefficient reacts.")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="Discount per token.")
+    lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
+    clip: float = Field(
+        default=0.2, gt=0, lt=1, description="PPO's clip range below 1 (and above, unless clip_high is given)."
+    )
+    clip_high: float = Field(default=0.0, ge=0, description="Clip range above 1; 0: the same as `clip`.")
+    dual_clip: float = Field(default=0.0, ge=0, description="Bound on the loss for negative advantages (> 1); 0: off.")
+    value_clip: float = Field(default=0.2, gt=0, description="How far a value may move from the one at sampling time.")
+    whiten_advantages: bool = Field(
+        default=True, description="Give the advantages of an iteration mean 0 and variance 1."
+    )
+    missing_eos_penalty: float = Field(
+        default=0.0, ge=0, description="Taken from the score of a completion that does not end itself."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest completion.")
+    min_new_tokens: int = Field(default=0, ge=0, description="No EOS before so many tokens.")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature; enters every log-probability.")
+    eval_every: int = Field(
+        default=20, ge=0, description="Held-out evaluation every so many iterations; 0: at the end only."
+    )
+    save_every: int = Field(
+        default=0, ge=0, description="Weights into checkpoints/ every so many iterations; 0: at the end only."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvaluateConfig:
+    """Held-out evaluation."""
+
+    num_prompts: int = Field(default=64, ge=1, description="Held-out prompts.")
+    num_samples: int = Field(default=1, ge=1, description="Completions of each.")
+    best_of: int = Field(
+        default=0, ge=0, description="Also measure best-of-n of the reference with the same reward; 0: no."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Completions sampled at once.")
+    gold: str = Field(
+        default="",
+        description="Independent scorer, never the reward (as in ppo.rewards.*.use); empty: the world's own.",
+    )
+    max_pairs: int = Field(default=3000, ge=1, description="Held-out comparisons for the reward model's accuracy.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """Everything a run needs."""
+
+    seed: int = Field(default=0, ge=0, description="Decides every random number.")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig())
+    sft: SFTConfig = Field(default_factory=lambda: SFTConfig())
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
+    ppo: PPOConfig = Field(default_factory=lambda: PPOConfig())
+    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+
+    def __post_init__(self) -> None:
+        for problem in _contradictions(self):
+            raise ConfigError(problem)
+
+
+def _contradictions(c: Config) -> Iterator[str]:
+    rollouts = c.ppo.prompts_per_step * c.ppo.num_samples
+    if c.ppo.train_batch_size > rollouts:
+        yield (
+            f"ppo.train_batch_size is {c.ppo.train_batch_size} but an iteration has only {rollouts} completions "
+            "(prompts_per_step x num_samples); lower the one or raise the others"
+        )
+    if c.ppo.min_new_tokens > c.ppo.max_new_tokens:
+        yield f"ppo.min_new_tokens {c.ppo.min_new_tokens} exceeds ppo.max_new_tokens {c.ppo.max_new_tokens}; lower it"
+    if c.ppo.kl_target > 0 and c.ppo.kl_coef == 0:
+        yield f"ppo.kl_target {c.ppo.kl_target} needs a starting ppo.kl_coef above 0; set one, or kl_target to 0"
+    if 0 < c.ppo.dual_clip <= 1:
+        yield f"ppo.dual_clip {c.ppo.dual_clip} must be above 1 (3 is usual), or 0 for off"
+    if c.reward.skip and not c.ppo.skip and not c.ppo.rewards:
+        yield (
+            "reward.skip is true and ppo.rewards is empty, so PPO has no reward; "
+            "name one, e.g. --ppo.rewards.mine.use my_rewards.py:score"
+        )
+    if c.reward.skip and any(part.use == "trained" for part in c.ppo.rewards.values()):
+        yield "ppo.rewards uses `trained` but reward.skip is true; use model:FOLDER, or set reward.skip to false"
+    if c.data.world != "files" and (c.data.sft or c.data.preferences or c.data.prompts):
+        yield f"data.world {c.data.world!r} brings its own rows, but a data path is given too; set data.world to files"
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "") -> Config:
+    """Reads defaults < the YAML file < `--key value` overrides into a checked Config.
+
+    A key may be written in full (`--ppo.kl-coef 0`) or by an unambiguous ending (`--kl-coef 0`); among several, the
+    one in `section` is meant. Raises ConfigError naming the file or flag, the key, the value and the cure.
+    """
+    tree: dict[str, Any] = {}
+    origin = "the defaults"
+    if path is not None:
+        origin = str(path)
+        _merge(tree, _read_yaml(Path(path)))
+    _check_keys(tree, Config, (), origin)
+    for key, value in parse_overrides(overrides):
+        _set(tree, resolve_key(key, section=section, flag=True), value)
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, in the order of the documentation."""
+    return asdict(config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    return tree
+
+
+def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Splits `--key value`, `--key=value` and bare `--flag` (true) into pairs, values read as YAML scalars."""
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        if not argument.startswith("--") or len(argument) < 3:
+            raise ConfigError(f"unexpected argument {argument!r}; overrides are written --key value")
+        key, equals, text = argument[2:].partition("=")
+        index += 1
+        if not equals:
+            if index < len(arguments) and not arguments[index].startswith("--"):
+                text, index = arguments[index], index + 1
+            else:
+                text = "true"
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        yield key.replace("-", "_"), value
+
+
+def resolve_key(key: str, *, section: str = "", flag: bool = False) -> tuple[str, ...]:
+    """The full path of a key given in full or by an unambiguous ending (the command's own section goes first).
+
+    Raises ConfigError that suggests the right key.
+    """
+    path = tuple(key.split("."))
+    shown = f"--{key.replace('_', '-')}" if flag else key
+    sections = [item.name for item in fields(Config)]
+    found = [full for full in (path, *((name, *path) for name in sections)) if _inside(full, Config)]
+    own = [full for full in found if full == path or full[0] == section]
+    if len(own or found) == 1:
+        return (own or found)[0]
+    if found:
+        options = " or ".join("--" + ".".join(full).replace("_", "-") for full in found)
+        raise ConfigError(f"{shown} could mean several keys; write {options}")
+    known = [".".join(names) for names, _ in walk(Config)]
+    near = difflib.get_close_matches(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)], n=1, cutoff=0.5)
+    hint = f"; did you mean {'--' + near[0].replace('_', '-') if flag else near[0]}?" if near else ""
+    raise ConfigError(f"unknown key {shown}{hint or '; `prefero config` lists them all'}")
+
+
+def walk(cls: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf key below a config class as (path, dataclass field)."""
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        kind = hints[item.name]
+        if is_dataclass(kind):
+            yield from walk(typing.cast(type, kind), (*prefix, item.name))
+        else:
+            yield (*prefix, item.name), item
+
+
+def describe(item: Any) -> tuple[str, str, str]:
+    """(type, default, sentence) of a config field, for help texts and the docs."""
+    info = item.default if not isinstance(item.default, type(MISSING)) else None
+    kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+    default = getattr(info, "default", "")
+    shown = "{}" if getattr(info, "default_factory", None) is not None else repr(default)
+    return kind, shown, str(getattr(info, "description", "") or "")
+
+
+def _value_type(cls: Any, name: str) -> Any:
+    """The type of `cls.name`, or of a dict's values; None when there is no such key."""
+    if typing.get_origin(cls) is dict:
+        return typing.get_args(cls)[1]
+    if isinstance(cls, type) and is_dataclass(cls):
+        return typing.get_type_hints(cls).get(name)
+    return None
+
+
+def _inside(path: Sequence[str], cls: Any) -> bool:
+    for name in path:
+        cls = _value_type(cls, name)
+        if cls is None:
+            return False
+    return True
+
+
+def _check_keys(tree: Any, cls: Any, prefix: tuple[str, ...], origin: str) -> None:
+    if not isinstance(tree, dict) or isinstance(cls, types.UnionType):
+        return
+    for name, value in tree.items():
+        inner = _value_type(cls, str(name))
+        if inner is None:
+            if not (isinstance(cls, type) and is_dataclass(cls)):
+                return
+            here = [item.name for item in fields(cls)]
+            everywhere = {path[-1]: ".".join(path) for path, _ in walk(Config)}
+            near = difflib.get_close_matches(str(name), here, n=1) or [
+                everywhere[n] for n in difflib.get_close_matches(str(name), list(everywhere), n=1)
+            ]
+            hint = (
+                f"did you mean {'.'.join((*prefix, near[0])) if near[0] in here else near[0]}?"
+                if near
+                else f"known here: {', '.join(here)}"
+            )
+            raise ConfigError(f"{origin}: unknown key {'.'.join((*prefix, str(name)))}; {hint}")
+        _check_keys(value, inner, (*prefix, str(name)), origin)
+
+
+def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        child = tree.get(name)
+        tree[name] = dict(child) if isinstance(child, Mapping) else {}
+        tree = tree[name]
+    tree[path[-1]] = value
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for problem in error.errors():
+        context = problem.get("ctx", {})
+        if isinstance(context.get("error"), ConfigError):
+            lines.append(str(context["error"]))
+            continue
+        key = ".".join(str(part) for part in problem["loc"]) or "config"
+        lines.append(f"{key}: {problem['input']!r} will not do: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+    return f"{origin} (with the overrides given): " + "; ".join(lines)
+
+
+__all__ = [
+    "Config", "ConfigError", "DataConfig", "EvaluateConfig", "ModelConfig", "PPOConfig", "RewardConfig", "RewardPart",
+    "SFTConfig", "StrategyConfig", "describe", "load_config", "parse_overrides", "resolve_key", "to_dict", "walk",
+]  # fmt: skip
