@@ -1,0 +1,1 @@
+"""Who generates: the engine seam, our Hugging Face engine, and what turns prompts into scored rollouts."""

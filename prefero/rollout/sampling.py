@@ -1,0 +1,161 @@
+"""Drawing tokens: random numbers that depend on a key only, and exact inverse-CDF sampling."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 256  # tokens summed together first: one pass over the vocabulary instead of a running sum over all of it
+_PREFILTER = 1024  # a nucleus is looked for among this many likeliest tokens before everything is sorted
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token a row, all tensors [B].
+
+    logprobs: log p under the temperature alone, the number trainers recompute. sampling_logprobs: log p under the
+    distribution that was really drawn from (after forbidden tokens, top-k and top-p); equal to the former without
+    truncation, 0 where nothing was drawn (greedy).
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    sampling_logprobs: Tensor
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit number: torch has no arithmetic on uint64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def stream_key(seed: int, step: int, prompt_id: str, sample_index: int) -> int:
+    """The int64 that names one completion's stream of random numbers: a hash of what the completion is, not where."""
+    numbers = struct.pack("<qqq", seed, step, sample_index)
+    digest = hashlib.blake2b(numbers + prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A logical right shift of int64 (torch's own copies the sign bit)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
+    """Float64 uniforms strictly between 0 and 1, one a row, from stream keys and token positions alone.
+
+    keys: [B] int64 from `stream_key`. position: the index of the token in its completion, one for all or [B].
+    Entry `position` of the SplitMix64 generator whose state starts at the key (Steele, Lea and Flood 2014,
+    https://doi.org/10.1145/2660193.2660195), so a number needs neither its predecessors nor its neighbours.
+    """
+    state = keys + (torch.as_tensor(position, dtype=torch.int64, device=keys.device) + 1) * _signed(_GOLDEN)
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    state = state ^ _shifted(state, 31)
+    # 52 bits and a half: both 2^-53 and 1 - 2^-53 are float64 numbers, 0 and 1 cannot come out.
+    return (_shifted(state, 12).double() + 0.5) * 2.0**-52
+
+
+def _locate(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the first entry of rising sums `ends` [B, N] above `target` [B], and how far into it the target lies."""
+    target = torch.minimum(target, torch.nextafter(ends[:, -1], torch.zeros_like(target)))
+    index = torch.searchsorted(ends, target.unsqueeze(-1), right=True)
+    before = torch.where(index > 0, ends.gather(-1, (index - 1).clamp_min(0)), 0.0)
+    return index.squeeze(-1), (target - before.squeeze(-1)).clamp_min(0.0)
+
+
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draws index i of each row with probability weights[i] / sum(weights), exactly and with one random number.
+
+    weights: [B, V], not negative, a positive sum each. uniform: [B] float64 in (0, 1). Returns [B] int64; an index
+    of weight zero is never returned. Sums are float64, first by blocks, so no small weight is lost in a large sum.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).reshape(weights.shape[0], -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block, rest = _locate(ends, uniform * ends[:, -1])
+    inside = blocks[torch.arange(len(block), device=block.device), block].double().cumsum(-1)
+    index, _ = _locate(inside, rest)
+    return block * _BLOCK + index
+
+
+def _nucleus_floor(weights: Tensor, mass: Tensor, top_p: float) -> Tensor:
+    """The smallest weight [B, 1] inside the smallest set of likeliest tokens that holds `top_p` of the mass [B]."""
+
+    def floor(values: Tensor, wanted: Tensor) -> Tensor:
+        before = values.cumsum(-1, dtype=torch.float64) - values
+        count = (before < wanted.unsqueeze(-1)).sum(-1, keepdim=True).clamp_min(1)
+        return values.gather(-1, count - 1)
+
+    wanted = mass * top_p
+    likeliest = weights.topk(min(_PREFILTER, weights.shape[-1]), dim=-1).values
+    result = floor(likeliest, wanted)
+    short = likeliest.sum(-1, dtype=torch.float64) < wanted
+    if likeliest.shape[-1] < weights.shape[-1] and bool(short.any()):
+        result[short] = floor(weights[short].sort(dim=-1, descending=True).values, wanted[short])
+    return result
+
+
+def _truncated(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Scaled logits [B, V] with everything outside top-k, then top-p, at minus infinity; ties at the edge stay in.
+
+    Keeping ties makes the kept set depend on the row's values only, not on how a sort happens to order equals.
+    """
+    if 0 < top_k < scaled.shape[-1]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
+        floor = _nucleus_floor(weights, weights.sum(-1, dtype=torch.float64), top_p)
+        scaled = scaled.masked_fill(weights < floor, -torch.inf)
+    return scaled
+
+
+def _weights(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scaled - max) [B, V] and the log of the softmax's denominator [B] in float64."""
+    peak = scaled.amax(-1, keepdim=True)
+    weights = (scaled - peak).exp()
+    return weights, weights.sum(-1, dtype=torch.float64).log() + peak.squeeze(-1).double()
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    allowed: Tensor | None = None,
+) -> Draw:
+    """Chooses one token a row from softmax(logits / temperature), truncated as asked.
+
+    logits: [B, V]. uniform: [B] float64 in (0, 1), or None for the likeliest token (top_k and top_p then mean
+    nothing). top_k: 0 keeps all. top_p: 1 keeps all. allowed: bool, broadcastable to [B, V]; False forbids a token,
+    before top-k and top-p. Order: temperature, forbidden tokens, top-k, top-p.
+    Raises ValueError when a row's logits hold NaN or plus infinity, or no token is left.
+    """
+    if logits.device.type == "mps":  # has no float64
+        logits = logits.cpu()
+    scaled = logits.float() / temperature
+    weights, normaliser = _weights(scaled)
+    if not bool(normaliser.isfinite().all()):
+        row = int((~normaliser.isfinite()).nonzero()[0, 0])
+        raise ValueError(
+            f"logits of row {row} are not finite (they sum to {float(normaliser[row])}): the model's weights have "
+            "probably diverged; lower the learning rate, clip gradients, or go back to an earlier checkpoint"
+        )
+    kept = scaled if allowed is None else scaled.masked_fill(~allowed.to(scaled.device), -torch.inf)
+    if uniform is not None and (top_k > 0 or top_p < 1.0):
+        kept = _truncated(kept, top_k, top_p)
+    kept_normaliser = normaliser
+    if kept is not scaled:
+        weights, kept_normaliser = _weights(kept)
+        if not bool(kept_normaliser.isfinite().all()):
+            raise ValueError("min_new_tokens forbids the only token the model gives any probability: set it to 0")
+    chosen = kept.argmax(-1) if uniform is None else inverse_cdf(weights, uniform.to(weights.device))
+    logit = scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).double()
+    chances = torch.zeros_like(logit) if uniform is None else logit - kept_normaliser
+    return Draw(chosen, logit - normaliser, chances)
