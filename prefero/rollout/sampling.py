@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 256  # tokens summed together first: one pass over the vocabulary instead of a running sum over all of it
-_PREFILTER = 1024  # a nucleus is looked for among this many likeliest tokens before everything is sorted
+_PREFILTER = 512  # a nucleus is looked for among this many likeliest tokens before everything is sorted
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -69,18 +69,27 @@ def _locate(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(-1), (target - before.squeeze(-1)).clamp_min(0.0)
 
 
+def _block_sums(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, V] as blocks [B, N, block], and the float64 running sums [B, N] of what the blocks hold."""
+    blocks = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)) if weights.shape[-1] % _BLOCK else weights
+    blocks = blocks.reshape(weights.shape[0], -1, _BLOCK)
+    return blocks, blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+
+
+def _pick(blocks: Tensor, ends: Tensor, uniform: Tensor) -> Tensor:
+    block, rest = _locate(ends, uniform * ends[:, -1])
+    inside = blocks[torch.arange(len(block), device=block.device), block].cumsum(-1, dtype=torch.float64)
+    index, _ = _locate(inside, rest)
+    return block * _BLOCK + index
+
+
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """Draws index i of each row with probability weights[i] / sum(weights), exactly and with one random number.
 
     weights: [B, V], not negative, a positive sum each. uniform: [B] float64 in (0, 1). Returns [B] int64; an index
-    of weight zero is never returned. Sums are float64, first by blocks, so no small weight is lost in a large sum.
+    of weight zero is never returned. Running sums are float64, so no small weight is lost in a large sum.
     """
-    blocks = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).reshape(weights.shape[0], -1, _BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    block, rest = _locate(ends, uniform * ends[:, -1])
-    inside = blocks[torch.arange(len(block), device=block.device), block].double().cumsum(-1)
-    index, _ = _locate(inside, rest)
-    return block * _BLOCK + index
+    return _pick(*_block_sums(weights), uniform.to(weights.device))
 
 
 def _nucleus_floor(weights: Tensor, mass: Tensor, top_p: float) -> Tensor:
@@ -100,25 +109,23 @@ def _nucleus_floor(weights: Tensor, mass: Tensor, top_p: float) -> Tensor:
     return result
 
 
-def _truncated(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Scaled logits [B, V] with everything outside top-k, then top-p, at minus infinity; ties at the edge stay in.
+def _truncated(weights: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Weights [B, V] with everything outside top-k, then top-p, at zero; ties at the edge stay in.
 
     Keeping ties makes the kept set depend on the row's values only, not on how a sort happens to order equals.
     """
-    if 0 < top_k < scaled.shape[-1]:
-        scaled = scaled.masked_fill(scaled < scaled.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if 0 < top_k < weights.shape[-1]:
+        weights = weights.masked_fill(weights < weights.topk(top_k, dim=-1).values[:, -1:], 0.0)
     if top_p < 1.0:
-        weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
-        floor = _nucleus_floor(weights, weights.sum(-1, dtype=torch.float64), top_p)
-        scaled = scaled.masked_fill(weights < floor, -torch.inf)
-    return scaled
+        floor = _nucleus_floor(weights, _block_sums(weights)[1][:, -1], top_p)
+        weights = weights.masked_fill(weights < floor, 0.0)
+    return weights
 
 
-def _weights(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scaled - max) [B, V] and the log of the softmax's denominator [B] in float64."""
+def _exponentials(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scaled - max) [B, V] and the max [B] in float64."""
     peak = scaled.amax(-1, keepdim=True)
-    weights = (scaled - peak).exp()
-    return weights, weights.sum(-1, dtype=torch.float64).log() + peak.squeeze(-1).double()
+    return (scaled - peak).exp_(), peak.squeeze(-1).double()
 
 
 def draw(
@@ -139,23 +146,28 @@ def draw(
     """
     if logits.device.type == "mps":  # has no float64
         logits = logits.cpu()
-    scaled = logits.float() / temperature
-    weights, normaliser = _weights(scaled)
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    weights, peak = _exponentials(scaled)
+    blocks, ends = _block_sums(weights)
+    normaliser = ends[:, -1].log() + peak
     if not bool(normaliser.isfinite().all()):
         row = int((~normaliser.isfinite()).nonzero()[0, 0])
         raise ValueError(
-            f"logits of row {row} are not finite (they sum to {float(normaliser[row])}): the model's weights have "
-            "probably diverged; lower the learning rate, clip gradients, or go back to an earlier checkpoint"
+            f"logits of row {row} are not finite (their softmax sums to {float(ends[row, -1])}): the model's weights "
+            "have probably diverged; lower the learning rate, clip gradients, or go back to an earlier checkpoint"
         )
-    kept = scaled if allowed is None else scaled.masked_fill(~allowed.to(scaled.device), -torch.inf)
-    if uniform is not None and (top_k > 0 or top_p < 1.0):
-        kept = _truncated(kept, top_k, top_p)
-    kept_normaliser = normaliser
-    if kept is not scaled:
-        weights, kept_normaliser = _weights(kept)
-        if not bool(kept_normaliser.isfinite().all()):
+    left = scaled
+    if allowed is not None:
+        left = scaled.masked_fill(~allowed.to(scaled.device), -torch.inf)
+        weights, peak = _exponentials(left)
+        if not bool(peak.isfinite().all()):
             raise ValueError("min_new_tokens forbids the only token the model gives any probability: set it to 0")
-    chosen = kept.argmax(-1) if uniform is None else inverse_cdf(weights, uniform.to(weights.device))
+    if uniform is None:
+        chosen = left.argmax(-1)
+    else:
+        if allowed is not None or top_k > 0 or top_p < 1.0:
+            blocks, ends = _block_sums(_truncated(weights, top_k, top_p))
+        chosen = _pick(blocks, ends, uniform.to(ends.device))
     logit = scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).double()
-    chances = torch.zeros_like(logit) if uniform is None else logit - kept_normaliser
+    chances = torch.zeros_like(logit) if uniform is None else logit - peak - ends[:, -1].log()
     return Draw(chosen, logit - normaliser, chances)

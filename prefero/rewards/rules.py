@@ -1,0 +1,149 @@
+"""Rewards that are rules: length, ending, repetition, words, and word-list sentiment."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefero.types import Rollout, Score
+
+
+def _whole(rule: str, key: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{rule} {key} is {value!r}: give a whole number, {least} or more")
+
+
+class _Rule:
+    """A reward that looks at one rollout at a time."""
+
+    name: str
+
+    def score(self, rollout: Rollout) -> float:
+        """The rule's number for one rollout."""
+        raise NotImplementedError
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One score a rollout."""
+        return [Score(self.score(rollout)) for rollout in rollouts]
+
+
+@dataclass(frozen=True)
+class EndsWithEOS(_Rule):
+    """1 for a completion that ended by itself, 0 for one cut off at max_new_tokens."""
+
+    name: str = "ends_with_eos"
+
+    def score(self, rollout: Rollout) -> float:
+        """1 or 0."""
+        return float(rollout.completion.finish_reason == "stop")
+
+
+@dataclass(frozen=True)
+class MaxWords(_Rule):
+    """1 for a completion of at most `limit` words (split at white space), 0 for a longer one."""
+
+    limit: int = 50
+    name: str = "max_words"
+
+    def __post_init__(self) -> None:
+        _whole(self.name, "limit", self.limit, 0)
+
+    def score(self, rollout: Rollout) -> float:
+        """1 or 0."""
+        return float(len(rollout.completion.text.split()) <= self.limit)
+
+
+@dataclass(frozen=True)
+class NoRepetition(_Rule):
+    """The share of a completion's word n-grams that are different: 1 without repetition, near 0 for a loop.
+
+    size: words in an n-gram. A completion with fewer words than that has nothing to repeat: 1.
+    """
+
+    size: int = 3
+    name: str = "no_repetition"
+
+    def __post_init__(self) -> None:
+        _whole(self.name, "size", self.size, 1)
+
+    def score(self, rollout: Rollout) -> float:
+        """Between 0 (exclusive) and 1."""
+        words = rollout.completion.text.lower().split()
+        grams = [tuple(words[i : i + self.size]) for i in range(len(words) - self.size + 1)]
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+
+@dataclass(frozen=True)
+class LengthPenalty(_Rule):
+    """0 up to `free` tokens, then minus one for every `scale` tokens more (EOS counts as a token)."""
+
+    free: int = 0
+    scale: float = 1.0
+    name: str = "length_penalty"
+
+    def __post_init__(self) -> None:
+        _whole(self.name, "free", self.free, 0)
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not number or not math.isfinite(self.scale) or self.scale <= 0:
+            raise ValueError(f"{self.name} scale is {self.scale!r}: give the number of tokens that costs 1, above 0")
+
+    def score(self, rollout: Rollout) -> float:
+        """0 or less."""
+        return -max(0, len(rollout.completion.token_ids) - self.free) / self.scale
+
+
+@dataclass(frozen=True)
+class Contains(_Rule):
+    """The share of `words` that occur in the completion as whole words, whatever their case and punctuation."""
+
+    words: tuple[str, ...]
+    name: str = "contains"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, str) or not self.words:
+            raise ValueError(f"{self.name} words is {self.words!r}: give a list of one or more words")
+
+    def score(self, rollout: Rollout) -> float:
+        """Between 0 and 1."""
+        present = {word.strip(".,;:!?\"'()[]") for word in rollout.completion.text.lower().split()}
+        return sum(word.lower() in present for word in self.words) / len(self.words)
+
+
+class Vader(_Rule):
+    """VADER's compound sentiment, -1 to 1: a word list with rules (Hutto and Gilbert, 2014).
+
+    of: what is read, the "completion" alone or "all", prompt and completion. Raises ValueError naming the extra when
+    the package is not installed.
+    """
+
+    def __init__(self, of: Literal["completion", "all"] = "completion", name: str = "vader") -> None:
+        if of not in ("completion", "all"):
+            raise ValueError(f'{name} of is {of!r}: give "completion" or "all"')
+        if importlib.util.find_spec("vaderSentiment") is None:
+            raise ValueError('reward vader needs the package vaderSentiment: pip install "prefero[eval]"')
+        module = importlib.import_module("vaderSentiment.vaderSentiment")
+        self.of = of
+        self.name = name
+        self._analyser: Any = module.SentimentIntensityAnalyzer()
+
+    def score(self, rollout: Rollout) -> float:
+        """Between -1 and 1."""
+        text = rollout.completion.text if self.of == "completion" else rollout.prompt.text + rollout.completion.text
+        return float(self._analyser.polarity_scores(text)["compound"])
+
+
+def vader(of: Literal["completion", "all"] = "completion") -> Vader:
+    """The sentiment rule; see `Vader`."""
+    return Vader(of)
+
+
+# The rules that need no settings, by the names configs use.
+RULES: Mapping[str, Callable[[], _Rule]] = {
+    "ends_with_eos": EndsWithEOS,
+    "length_penalty": LengthPenalty,
+    "max_words": MaxWords,
+    "no_repetition": NoRepetition,
+}

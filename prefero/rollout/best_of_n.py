@@ -1,0 +1,38 @@
+"""Best of n: the simplest way to align by a reward, and the baseline a trained policy has to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from prefero.rewards.base import Reward
+from prefero.rollout.collect import collect
+from prefero.rollout.engine import Engine, SamplingParams
+from prefero.types import Prompt, ScoredRollout
+
+
+def kl_bound(n: int) -> float:
+    """The most nats best-of-n may lie away from the policy it draws from: log n - (n - 1) / n.
+
+    Exact for continuous rewards without ties, an upper bound otherwise (Beirami et al. 2024,
+    https://arxiv.org/abs/2401.01879). Raises ValueError for n below 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"best-of-n n is {n!r}: give a whole number, 1 or more")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(
+    prompts: Sequence[Prompt], engine: Engine, reward: Reward, n: int, params: SamplingParams
+) -> list[ScoredRollout]:
+    """The highest-scored of n completions of each prompt, in the prompts' order; of equals the first drawn.
+
+    Raises ValueError as `collect` does, and for greedy sampling, whose n completions would all be one.
+    """
+    if params.greedy and n > 1:
+        raise ValueError(
+            f"best-of-n with n {n} and greedy sampling draws n times the same: set sampling.greedy to false"
+        )
+    rollouts = collect(prompts, engine, reward, params, num_samples=n)
+    groups = [rollouts[start : start + n] for start in range(0, len(rollouts), n)]
+    return [max(group, key=lambda rollout: rollout.score.value) for group in groups]
