@@ -1,0 +1,352 @@
+"""Actor, critic and reward model: a Hugging Face network, a head, and what may be asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prefero.functional import logprobs as lp
+from prefero.functional import masked
+from prefero.models.export import read_head_bias, save_folder, save_reward_folder
+from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
+from prefero.models.loading import load_reward_backbone, new_reward_head
+from prefero.models.lora import (
+    adapters_disabled,
+    apply_lora,
+    has_lora,
+    load_merged_state_dict,
+    merged_state_dict,
+    save_adapter,
+)
+from prefero.models.trunk import (
+    contiguous_input,
+    head_is_plain,
+    head_width,
+    hidden_states,
+    is_bidirectional,
+    left_align,
+    model_inputs,
+    score_hidden,
+    trunk_of,
+)
+
+
+class LoRAModule(nn.Module):
+    """What actor, critic and reward model share: `.model`, its adapters, and checkpoints that know of them."""
+
+    model: Any
+
+    def __init__(
+        self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = apply_lora(model, lora_rank, lora_train_bias, lora_alpha)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model as it was before its adapters learned: a reference that costs no memory.
+
+        Raises ValueError without adapters, or when biases of the base are trained too.
+        """
+        if not has_lora(self.model):
+            raise ValueError("reference() switches adapters off, and there are none: use deepcopy(actor), or lora_rank")
+        bias = self.model.peft_config["default"].bias
+        if bias != "none":
+            raise ValueError(f"lora_train_bias={bias!r} changes the base itself: use deepcopy(actor) as the reference")
+        with adapters_disabled(self.model):
+            yield
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Float32 weights with adapters merged, under the names of the model without them; memory may be shared."""
+        return merged_state_dict(self)
+
+    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """Loads what `checkpoint_state` gave; adapters, if any, start again from zero effect on top of it."""
+        load_merged_state_dict(self, state, strict)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none."""
+        save_adapter(self.model, directory)
+
+
+class Actor(LoRAModule):
+    """A policy: a causal language model (`.model`, Hugging Face's) asked for the log-probabilities of its answers."""
+
+    def __init__(
+        self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
+    ) -> None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no language-model head: an actor needs a ...ForCausalLM")
+        super().__init__(model, lora_rank, lora_train_bias, lora_alpha)
+        head.register_forward_pre_hook(contiguous_input)
+        self._plain_head: bool | None = None
+
+    def forward(
+        self,
+        sequences: Tensor,
+        num_actions: int,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+    ) -> Any:
+        """Log-probabilities [B, A] of the last `num_actions` tokens; with return_entropy, also the entropies [B, A].
+
+        sequences, attention_mask: [B, S]; without a mask every token is real. Logits are divided by `temperature`
+        before the softmax, so what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
+        """
+        check_num_actions(num_actions, sequences)
+        if self._head_is_plain():
+            head = self.model.get_output_embeddings()
+            hidden = hidden_states(trunk_of(self.model), sequences, attention_mask)[:, -num_actions - 1 : -1]
+            logprobs, entropy = lp.selected(
+                hidden.contiguous(),
+                head.weight,
+                head.bias,
+                sequences[:, -num_actions:],
+                temperature,
+                with_entropy=return_entropy,
+            )
+        else:
+            logits = self.model(**model_inputs(self.model, sequences, attention_mask)).logits[:, -num_actions - 1 :]
+            logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
+            entropy = lp.entropy(logits[:, :-1], temperature) if return_entropy else None
+        return (logprobs, entropy) if return_entropy else logprobs
+
+    def _head_is_plain(self) -> bool:
+        if self._plain_head is None:
+            self._plain_head = head_is_plain(self.model)
+        return self._plain_head
+
+    def get_base_model(self) -> Any:
+        """The Hugging Face model."""
+        return self.model
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_action_mask: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Answers left-padded prompts [B, P]: (sequences [B, S], attention_mask [B, S], action_mask [B, S - P]).
+
+        The action mask is true up to and including the first EOS of each answer; the attention mask is the prompt's
+        followed by it. Without an attention_mask a leading run of `pad_token_id` is padding. kwargs: those of
+        `models.generation.generate`. With return_action_mask=False the action mask is left out.
+        """
+        if attention_mask is None:
+            attention_mask = leading_padding_mask(input_ids, kwargs.get("pad_token_id"))
+        sequences = generate(self.model, input_ids, attention_mask=attention_mask, **kwargs)
+        action_mask = action_mask_of(
+            sequences[:, input_ids.shape[1] :], eos_ids(self.model, kwargs.get("eos_token_id"))
+        )
+        full_mask = torch.cat([attention_mask.long(), action_mask.long()], dim=1)
+        return (sequences, full_mask, action_mask) if return_action_mask else (sequences, full_mask)
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Float32 weights with adapters merged, under the names of the plain Hugging Face model."""
+        return merged_state_dict(self.model)
+
+    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """Loads the weights of a plain Hugging Face model of this architecture."""
+        load_merged_state_dict(self.model, state, strict)
+
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | str = torch.float32
+    ) -> None:
+        """Writes a plain folder for `AutoModelForCausalLM.from_pretrained`; adapters are merged on a copy."""
+        save_folder(self.model, directory, tokenizer, dtype)
+
+
+class LM(Actor):
+    """A language model to imitate with: the log-probability of every token."""
+
+    def forward(  # type: ignore[override]
+        self, sequences: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """[B, S] log-probabilities; entry t is that of token t given those before it, entry 0 is 0."""
+        logprobs: Tensor = super().forward(sequences, sequences.shape[1] - 1, attention_mask, temperature)
+        return torch.nn.functional.pad(logprobs, (1, 0))
+
+
+class Critic(LoRAModule):
+    """A value function: a trunk (`.model`, no language-model head) and a one-output head that starts at zero.
+
+    level "token" (the default) gives one value an action, "sequence" the seed's single number a row: the mean over
+    real positions but the last, or over the prompt alone with use_action_mask.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        value_head: nn.Module | None = None,
+        lora_rank: int = 0,
+        lora_train_bias: str = "none",
+        use_action_mask: bool = False,
+        level: Literal["token", "sequence"] = "token",
+        lora_alpha: float | None = None,
+    ) -> None:
+        if level not in ("token", "sequence"):
+            raise ValueError(f"level={level!r}: choose 'token' or 'sequence'")
+        trunk = trunk_of(model)
+        if level == "token" and is_bidirectional(trunk.config):
+            raise ValueError(
+                f"{type(trunk).__name__} sees the whole text, so it has no value per token: level='sequence'"
+            )
+        super().__init__(trunk, lora_rank, lora_train_bias, lora_alpha)
+        self.value_head = zero_head(trunk.config) if value_head is None else check_head(value_head)
+        self.use_action_mask = use_action_mask
+        self.level = level
+
+    def forward(
+        self,
+        sequences: Tensor,
+        num_actions: int | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Values [B, A] of the states in which the last A tokens are chosen; [B] in the sequence mode.
+
+        sequences, attention_mask: [B, S]. num_actions: A, or the action mask [B, A] itself (the seed's second
+        argument; also by keyword). Raises ValueError when the token mode is not told A, or A does not fit S.
+        """
+        actions = action_mask if action_mask is not None else num_actions
+        count = actions.shape[1] if isinstance(actions, Tensor) else actions
+        if self.level == "sequence":
+            return self._sequence_value(sequences, count, attention_mask)
+        if count is None:
+            raise ValueError("num_actions is missing: a critic with a value per token needs it, or the action_mask")
+        check_num_actions(count, sequences)
+        hidden = hidden_states(self.model, sequences, attention_mask)
+        return score_hidden(self.value_head, hidden[:, -count - 1 : -1])
+
+    def _sequence_value(self, sequences: Tensor, count: int | None, attention_mask: Tensor | None) -> Tensor:
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        end = -1
+        if self.use_action_mask and count is not None:
+            check_num_actions(count, sequences)
+            end = -count
+            if is_bidirectional(self.model.config):
+                # An encoder's prompt positions see the answer too, unless the answer is not shown.
+                sequences, mask, end = sequences[:, :end], mask[:, :end], sequences.shape[1]
+        values = score_hidden(self.value_head, hidden_states(self.model, sequences, mask))
+        return masked.mean(values[:, :end], mask[:, :end].bool(), dim=1)
+
+
+class RewardModel(LoRAModule):
+    """A judge of whole texts: one number read at the last real token, or an encoder's own summary ("cls").
+
+    model: a trunk, a causal model (its head is dropped) or a `...ForSequenceClassification` of one label (its head is
+    kept). value_head: one output; drawn anew without a bias when there is none. The pooling of an encoder with its own
+    classification head is "cls" by nature.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        value_head: nn.Module | None = None,
+        lora_rank: int = 0,
+        lora_train_bias: str = "none",
+        pooling: Literal["last", "cls"] = "last",
+        lora_alpha: float | None = None,
+    ) -> None:
+        if pooling not in ("last", "cls"):
+            raise ValueError(f"pooling={pooling!r}: choose 'last' or 'cls'")
+        own_head = type(model).__name__.endswith("ForSequenceClassification")
+        if own_head and model.config.num_labels != 1:
+            raise ValueError(f"a reward model has one output, this one has num_labels={model.config.num_labels}")
+        score = getattr(model, "score", None) if own_head else None
+        if isinstance(score, nn.Linear) and value_head is None:
+            value_head = score
+        self_scoring = own_head and is_bidirectional(model.config) and value_head is None
+        network = model if self_scoring else trunk_of(model)
+        super().__init__(network, lora_rank, lora_train_bias, lora_alpha)
+        self.value_head: nn.Module | None = None
+        if self_scoring:
+            self.pooling = "cls"
+            unfreeze_head(self.model)
+        else:
+            self.pooling = pooling
+            self.value_head = new_reward_head(network.config) if value_head is None else check_head(value_head)
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Rewards [B] of texts [B, S], padded on any side. Raises ValueError when a row has no real token."""
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        if not bool(mask.bool().any(dim=1).all()):
+            raise ValueError("a text without any real token has no reward: drop empty texts, or check attention_mask")
+        if self.pooling == "cls":
+            sequences, mask = left_align(sequences, mask)
+        if self.value_head is None:
+            logits: Tensor = self.model(**model_inputs(self.model, sequences, mask)).logits
+            return logits[:, 0].float()
+        hidden = hidden_states(self.model, sequences, mask)
+        if self.pooling == "cls":
+            return score_hidden(self.value_head, hidden[:, 0])
+        last = sequences.shape[1] - 1 - mask.long().flip(1).argmax(dim=1)
+        return score_hidden(self.value_head, hidden[torch.arange(len(last), device=last.device), last])
+
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | str = torch.float32
+    ) -> None:
+        """Writes a folder for `RewardModel.from_pretrained` and `AutoModelForSequenceClassification.from_pretrained`.
+
+        Adapters are merged on a copy. See `export.save_reward_folder` for a head with a bias. Raises ValueError when
+        transformers has no architecture that holds this reward model.
+        """
+        if self.value_head is None:
+            save_folder(self.model, directory, tokenizer, dtype)
+        elif self.pooling == "cls":
+            raise ValueError("an encoder with a foreign head has no Hugging Face folder: use strategy.save_model")
+        else:
+            save_reward_folder(self.model, self.value_head, directory, tokenizer, dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> RewardModel:
+        """Reads what `save_pretrained` wrote, or any folder that can hold a reward model (a missing head is drawn).
+
+        options: those of `loading.LoadOptions`.
+        """
+        model = RewardModel(load_reward_backbone(directory, **options))
+        bias = read_head_bias(directory)
+        if bias is not None:
+            assert isinstance(model.value_head, nn.Linear)
+            model.value_head.bias = nn.Parameter(bias.to(model.value_head.weight))
+        return model
+
+
+def check_num_actions(num_actions: int, sequences: Tensor) -> None:
+    """Raises ValueError unless every action has a token before it."""
+    if not 1 <= num_actions < sequences.shape[1]:
+        raise ValueError(
+            f"num_actions={num_actions} must be between 1 and {sequences.shape[1] - 1}, one less than the row"
+        )
+
+
+def check_head(head: nn.Module) -> nn.Module:
+    """The head itself; raises ValueError when it has more than one output."""
+    outputs = getattr(head, "out_features", 1)
+    if outputs != 1:
+        raise ValueError(f"the value head must have out_features=1, not {outputs}")
+    return head
+
+
+def zero_head(config: Any) -> nn.Linear:
+    """A critic's head: every value is zero at first, so the first advantages are the rewards themselves."""
+    head = nn.Linear(head_width(config), 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def unfreeze_head(model: Any) -> None:
+    """Lets the classification head beside the trunk learn where adapters have frozen everything."""
+    for name, part in model.named_children():
+        if name != model.base_model_prefix:
+            part.requires_grad_(True)

@@ -1,0 +1,158 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT, put inside a Hugging Face model that stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prefero.models.trunk import trunk_of
+
+TrainBias = Literal["none", "all", "lora_only"]
+ADAPTER = "default"
+
+
+def apply_lora(model: Any, rank: int, train_bias: str = "none", alpha: float | None = None) -> Any:
+    """Adds an adapter of `rank` to every linear layer below the output head, in place; rank 0 changes nothing.
+
+    GPT-2's `Conv1D` counts as linear. The output head stays plain: it is often tied to the embedding, and merging an
+    adapter would untie it. The base is frozen, the adapters are float32 and start at zero effect (B = 0). The update
+    is scaled by alpha / rank; alpha defaults to the rank. train_bias: "none", "all" or "lora_only" (the seed's words).
+    Raises ValueError on a negative rank, an unknown train_bias, or a model that has adapters already.
+    """
+    if rank == 0:
+        return model
+    if rank < 0:
+        raise ValueError(f"lora_rank={rank}: give 0 (no adapters) or a positive rank")
+    if train_bias not in get_args(TrainBias):
+        raise ValueError(f"lora_train_bias={train_bias!r}: choose one of {', '.join(get_args(TrainBias))}")
+    if has_lora(model):
+        raise ValueError(f"lora_rank={rank}, but the model has adapters already: pass lora_rank=0 to keep those")
+    names, convolutional = _linear_names(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        bias=train_bias,
+        target_modules=names,
+        fan_in_fan_out=convolutional,
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for layer in lora_layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+    return model
+
+
+def _linear_names(model: Any) -> tuple[list[str], bool]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = {name: part for name, part in trunk_of(model).named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    found = {name: part for name, part in linear.items() if part is not head}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt: use lora_rank=0")
+    convolutional = all(isinstance(part, Conv1D) for part in found.values())
+    return sorted({name.rsplit(".", 1)[-1] for name in found}), convolutional
+
+
+def lora_layers(module: nn.Module) -> Iterator[Any]:
+    """The adapted layers of a module."""
+    return (part for part in module.modules() if isinstance(part, LoraLayer))
+
+
+def has_lora(module: nn.Module) -> bool:
+    return any(True for _ in lora_layers(module))
+
+
+@contextmanager
+def adapters_disabled(module: nn.Module) -> Iterator[None]:
+    """The model without its adapters inside; what was trainable is trainable again after."""
+    layers = list(lora_layers(module))
+    trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def merged_state_dict(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weights under the names of the model without adapters, each adapter's update added in float32.
+
+    The live adapters are not touched. Floating tensors are given `dtype`; tied weights share one tensor; tensors that
+    need no change share the live memory.
+    """
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer)}
+    merged: dict[str, Tensor] = {}
+    shared: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        plain = plain_name(name)
+        if plain is None:
+            continue
+        place = (tensor.data_ptr(), tensor.shape)
+        if plain != name and name.endswith(".base_layer.weight"):
+            layer = layers[name.removesuffix(".base_layer.weight")]
+            merged[plain] = (tensor.float() + layer.get_delta_weight(ADAPTER).float()).to(dtype)
+        elif place in shared and tensor.numel():
+            merged[plain] = shared[place]
+        else:
+            merged[plain] = shared[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return merged
+
+
+def plain_name(name: str) -> str | None:
+    """A parameter's name in the model without adapters; None for the adapter's own parameters."""
+    if ".lora_" in name:
+        return None
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def load_merged_state_dict(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
+    """Loads plain weights into a module with or without adapters.
+
+    With adapters the weights become the base and the adapters start again from zero effect (B = 0), so the function is
+    that of the file. One of two tied names is enough. Raises RuntimeError as `nn.Module.load_state_dict` does.
+    """
+    own = module.state_dict()
+    places = {plain: name for name in own if (plain := plain_name(name)) is not None}
+    loaded = {places.get(name, name): tensor for name, tensor in state.items()}
+    for name, tensor in own.items():
+        if ".lora_" in name:
+            loaded[name] = torch.zeros_like(tensor) if ".lora_B." in name else tensor
+    by_memory = {own[name].data_ptr(): tensor for name, tensor in loaded.items() if name in own}
+    for name, tensor in own.items():
+        if name not in loaded and tensor.numel() and tensor.data_ptr() in by_memory:
+            loaded[name] = by_memory[tensor.data_ptr()]
+    module.load_state_dict(loaded, strict=strict)
+
+
+def save_adapter(model: Any, directory: str | Path) -> None:
+    """Writes the adapter alone as PEFT's folder: `PeftModel.from_pretrained(base, directory)` reads it.
+
+    Raises ValueError when the model has no adapters.
+    """
+    if not has_lora(model):
+        raise ValueError("the model has no adapter to save: build it with lora_rank > 0, or use save_pretrained")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    save_file(
+        {f"base_model.model.{name}": tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.save_pretrained(str(folder))

@@ -1,0 +1,156 @@
+"""What every network here is made of: a Hugging Face trunk that turns token ids into hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def trunk_of(model: Any) -> Any:
+    """The part of a Hugging Face model below its head: `LlamaForCausalLM` gives its `LlamaModel`, a trunk itself."""
+    return getattr(model, "base_model", model)
+
+
+def head_width(config: Any) -> int:
+    """The width of a trunk's last hidden state (OPT projects it to `word_embed_proj_dim`)."""
+    for name in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
+        width = getattr(config, name, None)
+        if width is not None:
+            return int(width)
+    raise ValueError(f"{type(config).__name__} names no hidden width: pass a value_head of your own")
+
+
+def is_bidirectional(config: Any) -> bool:
+    """Whether the trunk is an encoder (BERT, DeBERTa, ...), whose every position sees the whole text."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids [B, S] that count real tokens only, so that the amount and side of padding do not matter."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+@lru_cache(maxsize=64)
+def _accepted(trunk_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(trunk_class.forward).parameters)  # type: ignore[attr-defined]
+
+
+def model_inputs(model: Any, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    """The keyword arguments of one uncached forward pass, position ids included where the model takes them.
+
+    token_ids, attention_mask: [B, S]; no mask means that every token is real. Raises ValueError for a text longer
+    than a table of learned positions.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(token_ids)
+    _check_length(model, token_ids, attention_mask)
+    inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": attention_mask.long()}
+    model_class: type = type(model)
+    accepted = _accepted(model_class)
+    # An encoder is fed left-aligned rows and numbers them itself (RoBERTa starts at 2, DeBERTa has no numbers at all).
+    if "position_ids" in accepted and not is_bidirectional(model.config):
+        inputs["position_ids"] = positions(attention_mask)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _check_length(model: Any, token_ids: Tensor, attention_mask: Tensor) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or token_ids.shape[1] <= limit:
+        return
+    longest = int(attention_mask.sum(dim=1).max())
+    if longest > limit:
+        raise ValueError(
+            f"a text of {longest} tokens does not fit the model's context of {limit} (max_position_embeddings): "
+            "shorten the prompts or max_new_tokens"
+        )
+
+
+def hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last hidden states [B, S, D] of `token_ids` [B, S] under `attention_mask` [B, S]."""
+    output: Tensor = trunk(**model_inputs(trunk, token_ids, attention_mask)).last_hidden_state
+    return output
+
+
+def left_align(token_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rolls every row so that its first real token stands in column 0 (encoders read their summary there)."""
+    start = attention_mask.long().argmax(dim=1, keepdim=True)
+    columns = torch.arange(token_ids.shape[1], device=token_ids.device)
+    order = (columns + start) % token_ids.shape[1]
+    return token_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def contiguous_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a head: on a CPU a *frozen* head is up to 28 times slower on a sliced hidden state."""
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+@torch.no_grad()
+def head_is_plain(model: Any) -> bool:
+    """Whether a causal model's logits are its output head on its trunk's last hidden state, and nothing more.
+
+    Some families scale or soft-cap their logits (Gemma 2, Cohere, Granite): for those the head may not be applied to
+    response positions alone. Found out by trial on a three-token text, whatever the family.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    probe = torch.tensor([[0, 1, 0]], device=head.weight.device)
+    with evaluating(model):
+        ours = head(hidden_states(trunk_of(model), probe, None))
+        theirs = model(**model_inputs(model, probe, None)).logits
+    return bool(torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode restored after."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def disable_dropout(model: Module) -> Module:
+    """Sets every dropout probability of a model to zero in place and returns it.
+
+    Covers `nn.Dropout` modules and the plain numbers that Hugging Face layers keep (`attention_dropout`, OPT's
+    `layerdrop`, ...). The configuration keeps its values, so an export still names the original ones.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        # DeBERTa's own dropout class keeps its probability under another name.
+        if type(module).__name__ == "StableDropout" and hasattr(module, "drop_prob"):
+            setattr(module, "drop_prob", 0.0)  # noqa: B010 - typed as a submodule otherwise
+    return model
+
+
+def freeze(model: Module) -> Module:
+    """Stops all learning of a model in place (no gradients, evaluation mode) and returns it."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def score_hidden(head: nn.Module, hidden: Tensor) -> Tensor:
+    """A one-output head in its own (normally full) precision: [..., D] -> [...] float32, also under autocast."""
+    parameter = next(head.parameters())
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores: Tensor = head(hidden.to(parameter.dtype).contiguous())
+    return scores.squeeze(-1).float()
