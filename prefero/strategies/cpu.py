@@ -81,7 +81,8 @@ def prefer_onednn_fp32(enabled: bool = True) -> bool:
     AMX it really would compute in bf16: so the error is measured first, then the time. `enabled=False` or the
     environment variable PREFERO_ONEDNN=0 leaves torch's default.
     """
-    if not enabled or os.environ.get("PREFERO_ONEDNN") == "0" or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not enabled or not available or os.environ.get("PREFERO_ONEDNN") == "0":
         return False
     if matmul_error("bf16") > _FP32_ERROR:
         return False
