@@ -100,3 +100,26 @@ def sample_rows(rollouts: Iterable[ScoredRollout], columns: Sequence[str] = ()) 
         }
         for rollout in rollouts
     ]
+
+
+def paired_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows {prompt, before, after, gold_before, gold_after} from two lists of {prompt, completion, gold} rows.
+
+    `gold` may be absent, and is then absent here. Raises ValueError when the lists are not about the same prompts.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} samples before, {len(after)} after; sample the same prompts in the same order")
+    rows = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        for row in (old, new):
+            if missing := [key for key in ("prompt", "completion") if key not in row]:
+                raise ValueError(f"sample {index} has no column {missing[0]!r}; it has {sorted(map(str, row))}")
+        if old["prompt"] != new["prompt"]:
+            raise ValueError(
+                f"sample {index} is about {old['prompt']!r:.80} before and {new['prompt']!r:.80} after; "
+                "sample the same prompts in the same order"
+            )
+        row = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
+        golds = {"gold_before": old.get("gold"), "gold_after": new.get("gold")}
+        rows.append(row | {key: float(gold) for key, gold in golds.items() if gold is not None})
+    return rows

@@ -9,20 +9,54 @@ from typing import Any
 REDACTED = "[redacted]"
 
 _SECRET_WORDS = frozenset(
-    {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "apikey", "authorization", "credential", "credentials", "bearer", "cookie"}
+    {
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+        "apikey",
+        "authorization",
+        "credential",
+        "credentials",
+        "bearer",
+        "cookie",
+    }
 )
 _SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("auth", "key"), ("account", "key")})
 # `token` is also a word of this trade: these are the ones that name a place in the vocabulary or a unit.
 _PLAIN_TOKENS = frozenset(
-    {"pad", "eos", "bos", "unk", "mask", "cls", "sep", "stop", "end", "start", "first", "last", "per", "image", "special", "think", "next", "each", "new"}
+    {
+        "pad",
+        "eos",
+        "bos",
+        "unk",
+        "mask",
+        "cls",
+        "sep",
+        "stop",
+        "end",
+        "start",
+        "first",
+        "last",
+        "per",
+        "image",
+        "special",
+        "think",
+        "next",
+        "each",
+        "new",
+    }
 )
 _VALUES = (
-    (re.compile(r"(?P<keep>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#@]+@"), r"\g<keep>" + REDACTED + "@"),
+    (re.compile(r"(?P<keep>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#]+@"), r"\g<keep>" + REDACTED + "@"),
     (
         re.compile(r"(?i)(?P<keep>[?&](?:[a-z0-9_-]*token|api[_-]?key|key|password|secret|sig|signature)=)[^&\s#]+"),
         r"\g<keep>" + REDACTED,
     ),
-    (re.compile(r"(?i)(?P<keep>\b(?:bearer|basic)\s+)[A-Za-z0-9+/=_.~-]{8,}"), r"\g<keep>" + REDACTED),
+    (re.compile(r"(?i)(?P<keep>\bbearer\s+)(?=\S*[0-9])[A-Za-z0-9+/=_.~-]{16,}"), r"\g<keep>" + REDACTED),
+    (re.compile(r"(?i)(?P<keep>\bauthorization\s*[:=]\s*)\S+(?:[ \t]+\S+)?"), r"\g<keep>" + REDACTED),
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"

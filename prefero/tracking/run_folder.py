@@ -27,8 +27,8 @@ _PACKAGES = ("prefero", "torch", "transformers", "peft", "tokenizers", "numpy")
 _NO_REPORT = b"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Report not written yet</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'"></head>
-<body><p>The report is written when the run ends. To write it now: <code>prefero report</code> and this folder.</p></body>
-</html>
+<body><p>The report is written when the run ends.</p>
+<p>To write it now: <code>prefero report</code> and the name of this folder.</p></body></html>
 """
 
 
