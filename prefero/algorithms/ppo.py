@@ -1,0 +1,312 @@
+"""Proximal policy optimisation with a critic, per token (Ziegler et al., arXiv:1909.08593) or per sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prefero.algorithms.base import OnlineAlgorithm, evaluating
+from prefero.functional import advantages as advantage_formulas
+from prefero.functional import kl as kl_formulas
+from prefero.functional import masked, policy, value
+from prefero.models.base import Actor, Critic
+from prefero.models.lora import has_lora
+from prefero.types import Experience, Loss
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """The numbers of PPO.
+
+    level: "token" is GAE with a value and a KL penalty per token; "sequence" treats the completion as one action
+    with one value (a bandit), advantage = score - kl_coef * KL - value. kl_coef: weight of the KL penalty in the
+    reward, a number or an adaptive controller; 0 switches it off. kl_kind: its estimator. gamma, lam: of GAE.
+    clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high] (clip_high defaults to clip_low).
+    dual_clip: bound on the loss of negative advantages. value_clip: how far a value may move (None: anywhere).
+    whiten_advantages: to mean 0 and variance 1 over the whole learn phase. temperature: the sampling temperature,
+    used in every log-probability. missing_eos_penalty: subtracted from the score of completions that did not end.
+    score_clip: scores are clamped to [-score_clip, score_clip].
+    """
+
+    level: Literal["token", "sequence"] = "token"
+    kl_coef: float | kl_formulas.AdaptiveCoefficient = 0.1
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    whiten_advantages: bool = True
+    temperature: float = 1.0
+    missing_eos_penalty: float = 0.0
+    score_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.level not in ("token", "sequence"):
+            raise ValueError(f"level={self.level!r} is unknown: use 'token' or 'sequence'")
+        for name in ("gamma", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("clip_low", "clip_high", "value_clip", "score_clip", "temperature"):
+            number = getattr(self, name)
+            if number is not None and not number > 0.0:
+                raise ValueError(f"{name}={number} must be positive")
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} must be greater than 1 (3 is usual), or None to switch it off"
+            )
+        if self.missing_eos_penalty < 0.0:
+            raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} is subtracted: give it as 0 or more")
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """(x - shift) * scale: the same for every minibatch of a learn phase."""
+
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self.shift) * self.scale
+
+
+NO_WHITENING = Whitening()
+
+
+class PPO(OnlineAlgorithm):
+    """PPO over an actor and a critic.
+
+    reference: the model the KL penalty is measured against. Without one, an actor with LoRA is its own reference
+    (adapters off), and any other actor needs kl_coef=0.
+    """
+
+    def __init__(
+        self, actor: Actor, critic: Critic, reference: Actor | None = None, settings: PPOSettings | None = None
+    ) -> None:
+        self.actor = actor
+        self.critic = critic
+        self.reference = reference
+        self.settings = settings or PPOSettings()
+        if self.kl_coef > 0.0 and not self.has_reference:
+            raise ValueError(
+                f"kl_coef={self.kl_coef} needs a reference model: give one, use a LoRA actor (it is its own "
+                "reference with the adapters off), or set kl_coef=0"
+            )
+
+    @property
+    def kl_coef(self) -> float:
+        """The weight of the KL penalty now."""
+        coefficient = self.settings.kl_coef
+        return coefficient.value if isinstance(coefficient, kl_formulas.AdaptiveCoefficient) else coefficient
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is something to measure the KL against."""
+        return self.reference is not None or has_lora(self.actor.model)
+
+    def adapt_kl(self, mean_kl: float, num_samples: int) -> None:
+        """Moves an adaptive KL coefficient by what was observed; a fixed one stays."""
+        if isinstance(self.settings.kl_coef, kl_formulas.AdaptiveCoefficient):
+            self.settings.kl_coef.update(mean_kl, num_samples)
+
+    def count(self, batch: Experience) -> Tensor:
+        """Action tokens at the token level, rows at the sequence level."""
+        if self.settings.level == "sequence":
+            return torch.tensor(float(len(batch)), device=batch.sequences.device)
+        return batch.action_mask.sum().float()
+
+    @torch.no_grad()
+    def experience(
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor,
+        scores: Tensor,
+        old_logprobs: Tensor | None = None,
+        ended: Tensor | None = None,
+    ) -> Experience:
+        """Values, log-probabilities, penalised rewards and advantages of rollouts.
+
+        sequences, attention_mask: [B, S]; action_mask: [B, A], the last A columns; scores: [B]. old_logprobs:
+        [B, A] at the settings' temperature, where the sampler kept them (saves a forward). ended: [B], true where
+        the completion ended with EOS; needed for the missing-EOS penalty. Raises ValueError naming the row for a
+        completion without tokens or a score that is not finite.
+        """
+        mask = action_mask.bool()
+        _refuse_bad_rows(mask, scores)
+        with evaluating(self.actor, self.critic, self.reference):
+            if old_logprobs is None:
+                old_logprobs = self._logprobs(self.actor, sequences, mask, attention_mask)
+            reference_logprobs = self._reference_logprobs(sequences, mask, attention_mask)
+            values = self.critic(sequences, mask, attention_mask).to(old_logprobs.dtype)
+        old_logprobs = masked.fill(old_logprobs, mask)
+        info = {"score": scores.to(old_logprobs.dtype), "length": mask.sum(1).to(old_logprobs.dtype)}
+        if reference_logprobs is not None:
+            info["kl"] = masked.sum(kl_formulas.estimate(old_logprobs, reference_logprobs, kind="k1"), mask, dim=1)
+        if ended is not None:
+            info["truncated"] = (~ended.bool()).to(old_logprobs.dtype)
+        reward = self._final_score(info["score"], ended)
+        values, advantages = self._advantages(reward, old_logprobs, reference_logprobs, values, mask)
+        return Experience(
+            sequences=sequences,
+            action_log_probs=old_logprobs,
+            values=values,
+            reward=reward,
+            advantages=advantages,
+            attention_mask=attention_mask,
+            action_mask=mask,
+            info=info,
+        )
+
+    def _logprobs(self, model: Actor, sequences: Tensor, mask: Tensor, attention_mask: Tensor) -> Tensor:
+        logprobs: Tensor = model(sequences, mask.shape[1], attention_mask, temperature=self.settings.temperature)
+        return logprobs
+
+    def _reference_logprobs(self, sequences: Tensor, mask: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Also computed when kl_coef is 0, because how far the policy drifted is worth knowing then most of all."""
+        if self.reference is not None:
+            logprobs = self._logprobs(self.reference, sequences, mask, attention_mask)
+        elif has_lora(self.actor.model):
+            with self.actor.reference():
+                logprobs = self._logprobs(self.actor, sequences, mask, attention_mask)
+        else:
+            return None
+        return masked.fill(logprobs, mask)
+
+    def _final_score(self, scores: Tensor, ended: Tensor | None) -> Tensor:
+        settings = self.settings
+        if settings.score_clip is not None:
+            scores = scores.clamp(-settings.score_clip, settings.score_clip)
+        if settings.missing_eos_penalty > 0.0:
+            if ended is None:
+                raise ValueError(
+                    f"missing_eos_penalty={settings.missing_eos_penalty} needs to know which completions ended: "
+                    "pass `ended` (the trainer does when it knows the EOS token, e.g. eos_token_id=...)"
+                )
+            scores = scores - settings.missing_eos_penalty * (~ended.bool()).to(scores.dtype)
+        return scores
+
+    def _advantages(
+        self, reward: Tensor, logprobs: Tensor, reference: Tensor | None, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Values with zeros behind the mask, and raw advantages: both [B, A], or [B] at the sequence level."""
+        settings = self.settings
+        coefficient = self.kl_coef if reference is not None else 0.0
+        reference = logprobs if reference is None else reference
+        if settings.level == "sequence":
+            penalty = masked.sum(kl_formulas.estimate(logprobs, reference, kind=settings.kl_kind), mask, dim=1)
+            return values, reward - coefficient * penalty - values
+        values = masked.fill(values, mask)
+        rewards = kl_formulas.penalised_rewards(reward, logprobs, reference, mask, coefficient, kind=settings.kl_kind)
+        advantages, _ = advantage_formulas.gae(rewards, values, mask, settings.gamma, settings.lam)
+        return values, advantages
+
+    def whitening(
+        self, experiences: Sequence[Experience], reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> Whitening:
+        """The shift and scale that whiten the advantages of all these experiences together.
+
+        reduce: sums a tensor over processes (`Strategy.sum`), so that every process whitens alike. The variance is
+        the biased one. Raises ValueError when there are fewer than two units.
+        """
+        if not self.settings.whiten_advantages:
+            return NO_WHITENING
+        kept = torch.cat([self._kept_advantages(experience) for experience in experiences])
+        sums = reduce(torch.stack([kept.sum(), torch.ones_like(kept).sum()]))
+        count = float(sums[1])
+        if count < 2:
+            raise ValueError(
+                "whiten_advantages needs two or more actions to learn from: collect more rollouts or "
+                "set whiten_advantages=False"
+            )
+        shift = float(sums[0]) / count
+        variance = float(reduce((kept - shift).square().sum())) / count
+        return Whitening(shift, 1.0 / math.sqrt(variance + 1e-8))
+
+    def _kept_advantages(self, experience: Experience) -> Tensor:
+        if self.settings.level == "sequence":
+            return experience.advantages
+        return experience.advantages[experience.action_mask.bool()]
+
+    def losses(self, batch: Experience, total: float, whitening: Whitening = NO_WHITENING) -> Iterator[Loss]:
+        """The actor's loss, then the critic's; each a sum over the batch divided by `total`."""
+        yield self._actor_loss(batch, total, whitening)
+        yield self._critic_loss(batch, total)
+
+    def _actor_loss(self, batch: Experience, total: float, whitening: Whitening) -> Loss:
+        settings = self.settings
+        mask = batch.action_mask.bool()
+        logprobs, entropy = self.actor(
+            batch.sequences, batch.num_actions, batch.attention_mask, temperature=settings.temperature,
+            return_entropy=True,
+        )  # fmt: skip
+        old_logprobs = masked.fill(batch.action_log_probs, mask)
+        advantages = whitening(batch.advantages)
+        if settings.level == "sequence":
+            advantages = advantages[:, None].expand_as(logprobs)
+        clip_high = settings.clip_low if settings.clip_high is None else settings.clip_high
+        per_token = policy.ppo_clip(
+            masked.fill(logprobs, mask), old_logprobs, masked.fill(advantages, mask),
+            settings.clip_low, clip_high, dual_clip=settings.dual_clip,
+        )  # fmt: skip
+        with torch.no_grad():
+            log_ratio = masked.fill(logprobs, mask) - old_logprobs
+            outside = (log_ratio.exp() < 1.0 - settings.clip_low) | (log_ratio.exp() > 1.0 + clip_high)
+            metrics = {
+                "policy/clip_fraction": self._average(outside.to(log_ratio.dtype), mask, total),
+                "policy/approx_kl": self._average(0.5 * log_ratio.square(), mask, total),
+                "policy/entropy": self._average(entropy, mask, total),
+                "policy/ratio_max": log_ratio.max().exp(),
+            }
+        return Loss("actor", self._average(per_token, mask, total), metrics)
+
+    def _average(self, per_token: Tensor, mask: Tensor, total: float) -> Tensor:
+        """Sum over tokens / total tokens; at the sequence level sum of the rows' token means / total rows."""
+        how = "sequence_mean" if self.settings.level == "sequence" else "token_mean"
+        return masked.aggregate(per_token, mask, how=how, norm=total)
+
+    def _critic_loss(self, batch: Experience, total: float) -> Loss:
+        mask = batch.action_mask.bool()
+        values = self.critic(batch.sequences, mask, batch.attention_mask)
+        kept = torch.ones_like(values, dtype=torch.bool) if self.settings.level == "sequence" else mask
+        values = masked.fill(values, kept)
+        old_values = masked.fill(batch.values, kept)
+        returns = old_values + masked.fill(batch.advantages, kept)
+        clip = math.inf if self.settings.value_clip is None else self.settings.value_clip
+        loss = masked.aggregate(value.clipped(values, old_values, returns, clip), kept, norm=total)
+        with torch.no_grad():
+            error = returns - values
+            sums = {
+                "value/error": error.square(), "value/bias": error, "value/return": returns,
+                "value/return_square": returns.square(),
+            }  # fmt: skip
+            metrics = {name: masked.aggregate(x, kept, norm=total) for name, x in sums.items()}
+        return Loss("critic", loss, metrics)
+
+
+def explained_variance(metrics: dict[str, float]) -> float:
+    """1 - Var(return - value) / Var(return), from the critic's metrics; 0 where the returns do not vary."""
+    variance = metrics["value/return_square"] - metrics["value/return"] ** 2
+    if variance <= 1e-12:
+        return 0.0
+    return 1.0 - (metrics["value/error"] - metrics["value/bias"] ** 2) / variance
+
+
+def _refuse_bad_rows(mask: Tensor, scores: Tensor) -> None:
+    """Stops at once for what would silently poison an update."""
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(
+            f"the reward gave {tuple(scores.shape)} scores for {mask.shape[0]} completions: one number each is needed"
+        )
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"the score of row {bad[0]} is {float(scores[bad[0]])}: a reward must be a finite number")
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the completion of row {empty[0]} is empty: generate at least one token (EOS counts)")

@@ -1,0 +1,167 @@
+"""Who turns prompts into experience: through the actor's own `generate`, or through an engine and a reward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefero.algorithms.base import OnlineAlgorithm, evaluating
+from prefero.algorithms.ppo import PPO, PPOSettings
+from prefero.models.base import Actor, Critic
+from prefero.rewards.base import Reward
+from prefero.rollout.buffer import make_experience_batch, split_experience_batch
+from prefero.rollout.collect import collect
+from prefero.rollout.engine import Engine, SamplingParams
+from prefero.trainer.collate import collate_rollouts
+from prefero.types import Experience, Prompt, Rollout, Score, ScoredRollout
+
+
+class ExperienceMaker(ABC):
+    """Makes experience with four models: the actor answers, the reward model scores, critic and reference judge."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: Critic,
+        reward_model: nn.Module,
+        initial_model: Actor | None,
+        kl_coef: float = 0.1,
+    ) -> None:
+        self.actor = actor
+        self.critic = critic
+        self.reward_model = reward_model
+        self.initial_model = initial_model
+        self.kl_coef = kl_coef
+
+    @abstractmethod
+    def make_experience(self, input_ids: Any, **generate_kwargs: Any) -> Experience:
+        """Experience from prompts."""
+
+
+class NaiveExperienceMaker(ExperienceMaker):
+    """Generates with the actor itself.
+
+    algorithm: what estimates advantages; PPO with default settings, `kl_coef` and the temperature in the generation
+    arguments when None.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: Critic,
+        reward_model: nn.Module,
+        initial_model: Actor | None,
+        kl_coef: float = 0.1,
+        algorithm: OnlineAlgorithm | None = None,
+    ) -> None:
+        super().__init__(actor, critic, reward_model, initial_model, kl_coef)
+        self.algorithm = algorithm
+
+    @torch.no_grad()
+    def make_experience(self, input_ids: Tensor, **generate_kwargs: Any) -> Experience:
+        """Answers the prompts input_ids [B, P] (padded on the left; pass attention_mask) and judges the answers."""
+        temperature = float(generate_kwargs.get("temperature") or 1.0)
+        settings = PPOSettings(kl_coef=self.kl_coef, temperature=temperature)
+        algorithm = self.algorithm or PPO(self.actor, self.critic, self.initial_model, settings)
+        with evaluating(self.actor, self.critic, self.reward_model, self.initial_model):
+            sequences, attention_mask, action_mask = self.actor.generate(
+                input_ids, return_action_mask=True, **generate_kwargs
+            )
+            scores = self.reward_model(sequences, attention_mask)
+            ended = _ended(sequences, action_mask, _eos_token_ids(self.actor, generate_kwargs))
+            return algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)
+
+
+def checked(scores: Any) -> Tensor:
+    """The scores of a reward model, which must be a tensor of numbers."""
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"the reward model returned {type(scores).__name__}, not a tensor with one score a completion")
+    return scores.float() if not scores.is_floating_point() else scores
+
+
+def _eos_token_ids(actor: Actor, generate_kwargs: dict[str, Any]) -> list[int]:
+    """The ids that end a completion: of the generation arguments, else of the model."""
+    eos = generate_kwargs.get("eos_token_id")
+    if eos is None:
+        eos = getattr(getattr(actor.model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(getattr(actor.model, "config", None), "eos_token_id", None)
+    if eos is None:
+        return []
+    return [int(token) for token in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _ended(sequences: Tensor, action_mask: Tensor, eos_token_ids: list[int]) -> Tensor | None:
+    if not eos_token_ids:
+        return None
+    actions = sequences[:, -action_mask.shape[1] :]
+    last = (action_mask.long().sum(1) - 1).clamp(min=0)
+    token = actions.gather(1, last[:, None]).squeeze(1)
+    return torch.isin(token, torch.tensor(eos_token_ids, device=token.device))
+
+
+class EngineExperienceMaker(ExperienceMaker):
+    """Generates with an engine and scores with any reward.
+
+    reward_model: a `Reward` over rollouts, or a reward model that reads the policy's own token ids. num_samples:
+    completions a prompt. batch_size: rows judged at a time (None: all). After `make_experience`,
+    `last_rollouts` holds what happened, in the order of the experience's rows.
+    """
+
+    def __init__(
+        self,
+        algorithm: PPO,
+        engine: Engine,
+        reward_model: Reward | nn.Module,
+        sampling: SamplingParams,
+        num_samples: int = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        self.algorithm = algorithm
+        self.engine = engine
+        self.reward_model = reward_model  # type: ignore[assignment]
+        self.actor, self.critic, self.initial_model = algorithm.actor, algorithm.critic, algorithm.reference
+        self.sampling = sampling
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.step = 0
+        self.last_rollouts: list[ScoredRollout] = []
+
+    @torch.no_grad()
+    def make_experience(self, input_ids: Sequence[Prompt], **generate_kwargs: Any) -> Experience:
+        """Answers the prompts and judges the answers; the random numbers depend on the count of earlier calls."""
+        assert not generate_kwargs, "generation through an engine is set by SamplingParams"
+        params = replace(self.sampling, step=self.sampling.step + self.step)
+        self.step += 1
+        with evaluating(self.actor):
+            reward = self._score_ids if isinstance(self.reward_model, nn.Module) else self.reward_model
+            self.last_rollouts = collect(input_ids, self.engine, reward, params, self.num_samples)
+        size = self.batch_size or len(self.last_rollouts)
+        items = []
+        for start in range(0, len(self.last_rollouts), size):
+            items.extend(split_experience_batch(self._judge(self.last_rollouts[start : start + size])))
+        return make_experience_batch(items)
+
+    def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
+        device = next(self.actor.parameters()).device
+        batch = collate_rollouts(rollouts, device)
+        scores = torch.tensor([rollout.score.value for rollout in rollouts], device=device)
+        return self.algorithm.experience(
+            batch.sequences, batch.attention_mask, batch.action_mask, scores, batch.logprobs, batch.ended
+        )
+
+    def _score_ids(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Scores of a reward model that reads the policy's own token ids."""
+        model = self.reward_model
+        scores: list[Score] = []
+        size = self.batch_size or len(rollouts)
+        with evaluating(model):
+            for start in range(0, len(rollouts), size):
+                batch = collate_rollouts(rollouts[start : start + size], next(model.parameters()).device)
+                scores.extend(Score(float(score)) for score in checked(model(batch.sequences, batch.attention_mask)))
+        return scores

@@ -1,0 +1,182 @@
+"""The loop of training on given data: epochs of batches, one optimiser step a batch, evaluation in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from prefero.algorithms.base import Algorithm, evaluating, learning_mode
+from prefero.strategies.base import Strategy
+from prefero.tracking.base import Tracker
+from prefero.trainer.progress import Progress
+from prefero.trainer.update import Learner, cosine, update
+from prefero.types import Metrics
+
+BatchT = TypeVar("BatchT")
+Schedule = LRScheduler | Literal["cosine", "constant"]
+
+
+class OfflineTrainer(Generic[BatchT]):
+    """Epochs over `train_batches`; subclasses say what a batch is and how it is cut into micro-batches."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        algorithm: Algorithm[BatchT],
+        learner: Learner,
+        train_batches: Iterable[BatchT],
+        max_epochs: int,
+        *,
+        micro_batch_size: int | None,
+        max_norm: float | None,
+        dropout: bool,
+        scheduler: Schedule,
+        tracker: Tracker | None,
+        eval_sets: dict[str, Iterable[BatchT]],
+        eval_interval: int | None,
+    ) -> None:
+        for name, number in (("max_epochs", max_epochs), ("micro_batch_size", micro_batch_size),
+                             ("eval_interval", eval_interval)):  # fmt: skip
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number} must be 1 or more")
+        self.strategy = strategy
+        self.algorithm = algorithm
+        self.learner = learner
+        self.train_batches = train_batches
+        self.max_epochs = max_epochs
+        self.micro_batch_size = micro_batch_size
+        self.max_norm = max_norm
+        self.dropout = dropout
+        self.scheduler = self._schedule(scheduler)
+        self.tracker = tracker
+        self.eval_sets = eval_sets
+        self.eval_interval = eval_interval
+        self.num_steps = 0
+
+    def _schedule(self, scheduler: Schedule) -> LRScheduler | None:
+        if isinstance(scheduler, LRScheduler):
+            return scheduler
+        if scheduler == "constant":
+            return None
+        if scheduler != "cosine":
+            raise ValueError(f"scheduler={scheduler!r} is unknown: use 'cosine', 'constant' or a torch scheduler")
+        if not hasattr(self.train_batches, "__len__"):
+            raise ValueError("scheduler='cosine' needs the number of batches: give data with a length, or a scheduler")
+        return cosine(self.learner.optimizer, len(self.train_batches) * self.max_epochs)
+
+    def _micro_batches(self, batch: BatchT) -> Sequence[BatchT]:
+        raise NotImplementedError
+
+    def _prepared(self, batch: Any) -> BatchT:
+        """A batch of the loader on the device of the model."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self.learner.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return next(self.model.parameters()).device
+
+    def training_step(self, batch: Any) -> Metrics:
+        """One optimiser step on one batch, and one of the schedule."""
+        learning_mode(self.model, self.dropout)
+        micro_batches = self._micro_batches(self._prepared(batch))
+        metrics = update(
+            self.strategy, [self.learner], micro_batches, self.algorithm.count, self.algorithm.losses, self.max_norm
+        )
+        metrics["lr"] = self.learner.optimizer.param_groups[0]["lr"]
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.num_steps += 1
+        return metrics
+
+    def run(self, log_interval: int = 1) -> Metrics:
+        """All epochs; returns the last step's metrics with those of the last evaluation."""
+        total = len(self.train_batches) * self.max_epochs if hasattr(self.train_batches, "__len__") else None
+        metrics: Metrics = {}
+        evaluated: Metrics = {}
+        shown = self.strategy.is_rank_0
+        with Progress(self.learner.role, total, enabled=shown and self.tracker is None) as progress:
+            for epoch in range(self.max_epochs):
+                self._start_epoch(epoch)
+                before = self.num_steps
+                for batch in self.train_batches:
+                    metrics = self.training_step(batch)
+                    if self.tracker is not None and self.num_steps % log_interval == 0:
+                        self.tracker.log(self._named(metrics), self.num_steps)
+                    progress.note(metrics)
+                    progress.advance()
+                    if self.eval_interval is not None and self.num_steps % self.eval_interval == 0:
+                        evaluated = self._evaluate_all()
+                if self.num_steps == before:
+                    raise ValueError("the training data is empty: there is nothing to learn from")
+                evaluated = self._evaluate_all()
+        return {**self._named(metrics), **evaluated}
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Before the first batch of an epoch."""
+
+    def _evaluate_all(self) -> Metrics:
+        """Every evaluation set under its own name (`section/{name}_loss`, ...)."""
+        metrics = {
+            f"{section}/{name}_{metric}": number
+            for name, batches in self.eval_sets.items()
+            for section, metric, number in _split_names(self.evaluate(batches))
+        }
+        if metrics and self.tracker is not None:
+            self.tracker.log(metrics, self.num_steps)
+        return metrics
+
+    def _named(self, metrics: Metrics) -> Metrics:
+        section = self.learner.name.partition("/")[0]
+        return {name if "/" in name else f"{section}/{name}": number for name, number in metrics.items()}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Any]) -> Metrics:
+        """Metrics over all of `batches`, weighted by what each batch counts; the model's mode is left as it was."""
+        sums: dict[str, float] = {}
+        total = 0.0
+        with evaluating(self.model), self.strategy.autocast():
+            for batch in batches:
+                for part in self._micro_batches(self._prepared(batch)):
+                    count = float(self.algorithm.count(part))
+                    if count == 0:
+                        continue
+                    total += count
+                    for loss in self.algorithm.losses(part, count):
+                        for name, number in {self.learner.name: loss.value, **loss.metrics}.items():
+                            sums[name] = sums.get(name, 0.0) + float(number) * count
+        names = sorted(sums)
+        reduced = self.strategy.sum(
+            torch.tensor([total, *(sums[name] for name in names)], dtype=torch.float64).to(self.device)
+        )
+        total = float(reduced[0])
+        if total == 0:
+            raise ValueError("the evaluation data is empty: there is nothing to evaluate on")
+        return {name: float(number) / total for name, number in zip(names, reduced[1:], strict=True)}
+
+
+def _split_names(metrics: Metrics) -> list[tuple[str, str, float]]:
+    return [(*name.split("/", 1), number) for name, number in metrics.items()]  # type: ignore[misc]
+
+
+def require_lora(model: nn.Module, use_lora: int) -> None:
+    """Refuses `use_lora` for a model that was built without LoRA."""
+    if use_lora > 0 and not any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(f"use_lora={use_lora} but the model has no LoRA layers: build it with lora_rank={use_lora}")
+
+
+def optimizer_steps_model(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuses an optimizer that holds none of the model's parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ValueError("the optimizer holds no parameter of the model: build it from model.parameters()")

@@ -1,0 +1,221 @@
+"""The PPO trainer: the seed's entry point and the recipes' engine-driven loop in one class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from prefero.algorithms.base import learning_mode
+from prefero.algorithms.ppo import PPO, PPOSettings, Whitening, explained_variance
+from prefero.models.base import Actor, Critic
+from prefero.rewards.base import Reward
+from prefero.rollout.buffer import NaiveReplayBuffer
+from prefero.rollout.engine import Engine, SamplingParams
+from prefero.strategies.base import Strategy
+from prefero.trainer.base import Trainer
+from prefero.trainer.callbacks.base import Callback
+from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
+from prefero.trainer.update import Learner, split_experience, update
+from prefero.types import Experience, Metrics, ScoredRollout
+
+_SEED_NUMBERS = {"kl_coef": 0.1, "eps_clip": 0.2, "value_clip": 0.4}
+
+
+class PPOTrainer(Trainer):
+    """Trains an actor and a critic with PPO.
+
+    The first seventeen arguments are the seed's. train_batch_size: rows of an optimiser step. buffer_limit: rows
+    the buffer keeps (0: all). Keyword arguments beyond them: settings replaces kl_coef, eps_clip and value_clip
+    by all numbers of PPO. micro_batch_size: rows forwarded at once (None: all of the step), with no influence on
+    the result. max_norm: gradients longer than that are shortened. schedulers: stepped once a learn phase.
+
+    Without an engine, prompts are token ids (or become them through `tokenizer`), the actor generates with
+    generate_kwargs, and reward_model reads token ids. With an `engine` and `sampling`, prompts are `Prompt`s, each
+    answered num_samples times, and reward_model may be any `Reward` over rollouts; `last_rollouts` keeps the
+    latest. The sampling temperature is used in every log-probability.
+
+    Frozen models get no gradients, and no model has dropout. Raises ValueError for contradictory arguments.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        actor: Actor,
+        critic: Critic,
+        reward_model: nn.Module | Reward,
+        initial_model: Actor | None,
+        actor_optim: Optimizer,
+        critic_optim: Optimizer,
+        kl_coef: float = 0.1,
+        train_batch_size: int = 8,
+        buffer_limit: int = 0,
+        buffer_cpu_offload: bool = True,
+        eps_clip: float = 0.2,
+        value_clip: float = 0.4,
+        experience_batch_size: int = 8,
+        max_epochs: int = 1,
+        tokenizer: Callable[[Any], Any] | None = None,
+        sample_replay_buffer: bool = False,
+        dataloader_pin_memory: bool = True,
+        callbacks: Sequence[Callback] = (),
+        *,
+        settings: PPOSettings | None = None,
+        micro_batch_size: int | None = None,
+        max_norm: float | None = None,
+        schedulers: Sequence[LRScheduler] = (),
+        engine: Engine | None = None,
+        sampling: SamplingParams | None = None,
+        num_samples: int = 1,
+        **generate_kwargs: Any,
+    ) -> None:
+        if (
+            settings is not None
+            and {"kl_coef": kl_coef, "eps_clip": eps_clip, "value_clip": value_clip} != _SEED_NUMBERS
+        ):
+            raise ValueError("give kl_coef, eps_clip and value_clip inside settings=PPOSettings(...), or no settings")
+        temperature = _temperature(engine, sampling, generate_kwargs)
+        settings = settings or PPOSettings(
+            kl_coef=kl_coef, clip_low=eps_clip, value_clip=value_clip, temperature=temperature
+        )
+        _check(settings, temperature, critic, micro_batch_size)
+        _freeze(initial_model, reward_model, trained=(actor, critic))
+        self.algorithm = PPO(actor, critic, initial_model, settings)
+        self.engine = engine
+        maker: ExperienceMaker
+        if engine is not None and sampling is not None:
+            maker = EngineExperienceMaker(
+                self.algorithm, engine, reward_model, sampling, num_samples, micro_batch_size
+            )  # fmt: skip
+        elif isinstance(reward_model, nn.Module):
+            maker = NaiveExperienceMaker(
+                actor, critic, reward_model, initial_model, algorithm=self.algorithm
+            )  # fmt: skip
+        else:
+            raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
+        super().__init__(
+            strategy, maker, NaiveReplayBuffer(train_batch_size, buffer_limit, buffer_cpu_offload),
+            experience_batch_size, max_epochs, tokenizer, sample_replay_buffer, dataloader_pin_memory, callbacks,
+            **generate_kwargs,
+        )  # fmt: skip
+        self.actor, self.critic = actor, critic
+        self.learners = (
+            Learner("actor", "actor_loss", actor, actor_optim),
+            Learner("critic", "critic_loss", critic, critic_optim),
+        )
+        self.micro_batch_size = micro_batch_size
+        self.max_norm = max_norm
+        self.schedulers = list(schedulers)
+        self._whitening: Whitening | None = None
+
+    @property
+    def last_rollouts(self) -> list[ScoredRollout]:
+        """What the engine and the reward said last; empty without an engine."""
+        return self.experience_maker.last_rollouts if isinstance(self.experience_maker, EngineExperienceMaker) else []
+
+    def step(self, prompts: Any) -> Metrics:
+        """One turn of the crank: answer the prompts, learn from everything in the buffer, empty it.
+
+        Returns the metrics of the rollouts (`rollout/...`) and of the learn phase.
+        """
+        self.collect(prompts)
+        metrics = self.learn()
+        self.replay_buffer.clear()
+        return metrics
+
+    def training_step(self, experience: Experience) -> Metrics:
+        """One optimiser step of actor and critic; returns at least actor_loss and critic_loss.
+
+        Advantages are whitened over the whole learn phase; outside of one, over this experience.
+        """
+        whitening = self._whitening or self.algorithm.whitening([experience], self.strategy.sum)
+        return update(
+            self.strategy,
+            self.learners,
+            split_experience(experience, self.micro_batch_size),
+            self.algorithm.count,
+            lambda batch, total: self.algorithm.losses(batch, total, whitening),
+            self.max_norm,
+        )
+
+    def _learn(self) -> Metrics:
+        buffer = self.replay_buffer
+        if not len(buffer):
+            raise ValueError("there is no experience to learn from: call collect(prompts) first")
+        everything = buffer.collate_fn([buffer[row] for row in range(len(buffer))])
+        rollout_metrics = self._rollout_metrics(everything)
+        for learner in self.learners:
+            learning_mode(learner.model, dropout=False)
+        self._whitening = self.algorithm.whitening([everything], self._sum)
+        try:
+            metrics = super()._learn()
+        finally:
+            self._whitening = None
+        metrics["value/explained_variance"] = explained_variance(metrics)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        if "rollout/kl" in rollout_metrics:
+            num_rows = round(float(self._sum(torch.tensor(float(len(buffer))))))
+            self.algorithm.adapt_kl(rollout_metrics["rollout/kl"], num_rows)
+        if self.engine is not None:
+            self.engine.update_weights(self.actor)
+        return {**rollout_metrics, **metrics}
+
+    def _rollout_metrics(self, experience: Experience) -> Metrics:
+        """Means over rows and processes, with the KL coefficient these rollouts were penalised with."""
+        rows = float(self._sum(torch.tensor(float(len(experience)))))
+        metrics = {
+            f"rollout/{name}": float(self._sum(number.double().sum())) / rows
+            for name, number in {**experience.info, "reward": experience.reward}.items()
+        }
+        squares = float(self._sum(experience.info["score"].double().square().sum())) / rows
+        metrics["rollout/score_std"] = max(squares - metrics["rollout/score"] ** 2, 0.0) ** 0.5
+        metrics["policy/kl_coef"] = self.algorithm.kl_coef
+        return metrics
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of something that may lie in main memory."""
+        return self.strategy.sum(tensor.to(self.device)).to(tensor.device)
+
+
+def _temperature(engine: Engine | None, sampling: SamplingParams | None, generate_kwargs: dict[str, Any]) -> float:
+    if (engine is None) != (sampling is None):
+        raise ValueError("engine and sampling belong together: give both, or neither")
+    if sampling is None:
+        return float(generate_kwargs.get("temperature") or 1.0)
+    if generate_kwargs:
+        raise ValueError(
+            f"{', '.join(sorted(generate_kwargs))}: with an engine, generation is set by sampling=SamplingParams(...)"
+        )
+    if sampling.greedy:
+        raise ValueError("sampling.greedy=True gives PPO nothing to learn from: sample instead")
+    return sampling.temperature
+
+
+def _check(settings: PPOSettings, temperature: float, critic: nn.Module, micro_batch_size: int | None) -> None:
+    if settings.temperature != temperature:
+        raise ValueError(
+            f"settings.temperature={settings.temperature} but sampling uses {temperature}: log-probabilities would be "
+            "those of another policy; give both the same"
+        )
+    level = getattr(critic, "level", settings.level)
+    if level != settings.level:
+        raise ValueError(f"settings.level={settings.level!r} but the critic's is {level!r}: build it with level=...")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size={micro_batch_size} must be 1 or more, or None")
+
+
+def _freeze(*models: Any, trained: Sequence[nn.Module]) -> None:
+    """No gradients for what is only read, unless a trained model shares it."""
+    kept = {id(parameter) for model in trained for parameter in model.parameters()}
+    for model in models:
+        if isinstance(model, nn.Module):
+            if any(model is other for other in trained):
+                raise ValueError("initial_model and reward_model must not be the actor or critic itself: deepcopy it")
+            for parameter in model.parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)

@@ -1,0 +1,139 @@
+"""One optimiser step from any split into micro-batches: the same gradient, the same metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prefero.strategies.base import Strategy
+from prefero.types import Experience, Loss, Metrics, PreferenceBatch, TokenBatch
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model with its optimizer, and the name its loss is reported under."""
+
+    role: str
+    name: str
+    model: nn.Module
+    optimizer: Optimizer
+
+
+def update(
+    strategy: Strategy,
+    learners: Sequence[Learner],
+    micro_batches: Sequence[BatchT],
+    count: Callable[[BatchT], Tensor],
+    losses: Callable[[BatchT, float], Iterator[Loss]],
+    max_norm: float | None = None,
+) -> Metrics:
+    """Steps every learner once on the union of the micro-batches and returns the metrics of the whole.
+
+    Learners go one after the other: all micro-batches of the first are forwarded, backwarded and stepped before the
+    second one's graphs exist. Raises ValueError for a loss that is not finite, before its
+    model has moved; a gradient that is not finite makes the strategy skip the step (`{role}/skipped_max` is 1).
+    """
+    total = float(strategy.sum(torch.stack([count(batch) for batch in micro_batches]).sum()))
+    if total <= 0:
+        raise ValueError(
+            "there is nothing to learn from in this batch: every token is masked out (check the loss mask)"
+        )
+    streams = [losses(batch, total) for batch in micro_batches]
+    metrics: dict[str, Tensor] = {}
+    for learner in learners:
+        for stream in streams:
+            with strategy.autocast():
+                loss = next(stream)
+            assert loss.role == learner.role, f"the algorithm yields {loss.role}, the trainer steps {learner.role}"
+            if not bool(torch.isfinite(loss.value)):
+                learner.optimizer.zero_grad()
+                raise ValueError(
+                    f"the {learner.name} is {float(loss.value)}: training cannot go on. Lower the learning rate, clip "
+                    "gradients (max_norm) or look for broken rows in the data; this model is as it was before the step"
+                )
+            strategy.backward(loss.value, learner.model, learner.optimizer)
+            _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
+        norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
+        metrics[f"{learner.role}/gradient_norm_max"] = torch.tensor(norm)
+        metrics[f"{learner.role}/skipped_max"] = torch.tensor(float(not math.isfinite(norm)))
+    return _reduced(strategy, metrics)
+
+
+def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, number in more.items():
+        if name not in metrics:
+            metrics[name] = number
+        else:
+            metrics[name] = torch.maximum(metrics[name], number) if name.endswith("_max") else metrics[name] + number
+
+
+def _reduced(strategy: Strategy, metrics: Mapping[str, Tensor]) -> Metrics:
+    """Sums over processes (names in `_max` stay this process's own)."""
+    sums = [name for name in metrics if not name.endswith("_max")]
+    reduced = strategy.sum(torch.stack([metrics[name].double() for name in sums])) if sums else []
+    numbers = dict(zip(sums, (float(number) for number in reduced), strict=True))
+    return {name: numbers[name] if name in numbers else float(metrics[name]) for name in metrics}
+
+
+def split_rows(num_rows: int, micro_batch_size: int | None) -> list[slice]:
+    """Slices of at most micro_batch_size rows that cover num_rows; one slice when it is None."""
+    size = micro_batch_size or num_rows
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def split_experience(experience: Experience, micro_batch_size: int | None) -> list[Experience]:
+    """Micro-batches of an experience."""
+    return [experience.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+            for rows in split_rows(len(experience), micro_batch_size)]  # fmt: skip
+
+
+def split_tokens(batch: TokenBatch, micro_batch_size: int | None) -> list[TokenBatch]:
+    """Micro-batches of rows to imitate, each cut to its own longest row."""
+    parts = []
+    for rows in split_rows(len(batch), micro_batch_size):
+        attention_mask = batch.attention_mask[rows]
+        width = max(int(attention_mask.any(dim=0).nonzero()[-1]) + 1, 2) if attention_mask.any() else 2
+        parts.append(
+            TokenBatch(batch.token_ids[rows, :width], attention_mask[:, :width], batch.loss_mask[rows, :width])
+        )
+    return parts
+
+
+def split_preferences(batch: PreferenceBatch, micro_batch_size: int | None) -> list[PreferenceBatch]:
+    """Micro-batches of comparisons, each with just the texts it compares."""
+    parts = []
+    for rows in split_rows(len(batch), micro_batch_size):
+        chosen, rejected = batch.chosen[rows], batch.rejected[rows]
+        texts, places = torch.cat([chosen, rejected]).unique(return_inverse=True)
+        attention_mask = batch.attention_mask[texts]
+        width = int(attention_mask.any(dim=0).nonzero()[-1]) + 1
+        parts.append(
+            PreferenceBatch(
+                token_ids=batch.token_ids[texts, :width],
+                attention_mask=attention_mask[:, :width],
+                chosen=places[: len(chosen)],
+                rejected=places[len(chosen) :],
+                margin=batch.margin[rows],
+            )
+        )
+    return parts
+
+
+def cosine(optimizer: Optimizer, num_steps: int, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate from its full value (after `warmup` linear steps) down a cosine to 0 at `num_steps`."""
+    span = max(num_steps - warmup, 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / span, 1.0)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
