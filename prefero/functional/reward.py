@@ -40,11 +40,13 @@ def log_exp(chosen: Tensor, rejected: Tensor) -> Tensor:
 def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """The part of pairs in which the chosen one scores higher; a tie counts one half, as a coin would.
 
-    chosen, rejected: [N] scores. Returns a scalar without gradient. ValueError for no pairs or shapes that differ.
+    chosen, rejected: [N] scores. Returns a scalar without gradient, NaN if a
+    score is. ValueError for no pairs or shapes that differ.
     """
     chosen, rejected = _pairs(chosen.detach(), rejected.detach())
-    # Heaviside of a NaN is NaN: a broken model does not pass for a merely bad one.
-    return torch.heaviside(chosen - rejected, torch.full_like(chosen, 0.5)).mean()
+    wins = torch.where(chosen == rejected, 0.5, (chosen > rejected).to(chosen.dtype))
+    # A NaN compares as false: without this line a broken model would pass for a merely bad one.
+    return torch.where((chosen - rejected).isnan() & (chosen != rejected), torch.nan, wins).mean()
 
 
 def _pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
