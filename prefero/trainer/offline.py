@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -65,7 +65,7 @@ class OfflineTrainer(Generic[BatchT]):
             return None
         if scheduler != "cosine":
             raise ValueError(f"scheduler={scheduler!r} is unknown: use 'cosine', 'constant' or a torch scheduler")
-        if not hasattr(self.train_batches, "__len__"):
+        if not isinstance(self.train_batches, Sized):
             raise ValueError("scheduler='cosine' needs the number of batches: give data with a length, or a scheduler")
         return cosine(self.learner.optimizer, len(self.train_batches) * self.max_epochs)
 
@@ -101,7 +101,7 @@ class OfflineTrainer(Generic[BatchT]):
 
     def run(self, log_interval: int = 1) -> Metrics:
         """All epochs; returns the last step's metrics with those of the last evaluation."""
-        total = len(self.train_batches) * self.max_epochs if hasattr(self.train_batches, "__len__") else None
+        total = len(self.train_batches) * self.max_epochs if isinstance(self.train_batches, Sized) else None
         metrics: Metrics = {}
         evaluated: Metrics = {}
         shown = self.strategy.is_rank_0

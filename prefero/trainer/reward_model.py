@@ -75,8 +75,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
     def _prepared(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):
             raise ValueError(
-                f"a batch of comparisons must be a PreferenceBatch, got {type(batch).__name__}: give such batches, or a "
-                "dataset of (chosen ids, chosen mask, rejected ids, rejected mask)"
+                f"a batch of comparisons must be a PreferenceBatch, got {type(batch).__name__}: give such batches, "
+                "or a dataset of (chosen ids, chosen mask, rejected ids, rejected mask)"
             )
         if not len(batch):
             raise ValueError("a batch of comparisons is empty: leave it out")

@@ -78,8 +78,8 @@ def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def _reduced(strategy: Strategy, metrics: Mapping[str, Tensor]) -> Metrics:
     """Sums over processes (names in `_max` stay this process's own)."""
     sums = [name for name in metrics if not name.endswith("_max")]
-    reduced = strategy.sum(torch.stack([metrics[name].double() for name in sums])) if sums else []
-    numbers = dict(zip(sums, (float(number) for number in reduced), strict=True))
+    reduced = strategy.sum(torch.stack([metrics[name].double() for name in sums]))
+    numbers: Metrics = dict(zip(sums, reduced.tolist(), strict=True))
     return {name: numbers[name] if name in numbers else float(metrics[name]) for name in metrics}
 
 
@@ -112,7 +112,7 @@ def split_preferences(batch: PreferenceBatch, micro_batch_size: int | None) -> l
     parts = []
     for rows in split_rows(len(batch), micro_batch_size):
         chosen, rejected = batch.chosen[rows], batch.rejected[rows]
-        texts, places = torch.cat([chosen, rejected]).unique(return_inverse=True)
+        texts, places = torch.unique(torch.cat([chosen, rejected]), return_inverse=True)
         attention_mask = batch.attention_mask[texts]
         width = int(attention_mask.any(dim=0).nonzero()[-1]) + 1
         parts.append(
