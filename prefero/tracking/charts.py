@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prefero.tracking.history import Series, smooth
+from prefero.tracking.history import Series, noise, smooth
 from prefero.tracking.names import short
 
-WIDTH, HEIGHT = 460, 230
+LARGE, SMALL = (460, 230), (340, 200)
 LEFT, RIGHT, TOP, BOTTOM = 52, 58, 14, 38
 MAX_POINTS = 2000
 _SMOOTH_FROM = 25  # fewer points are shown as they are
@@ -60,12 +60,17 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     zero: float | None
     notes: tuple[str, ...]
-    width: int = WIDTH
-    height: int = HEIGHT
+    width: int
+    height: int
     left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
+
+    @property
+    def right(self) -> int:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> int:
+        return self.height - BOTTOM
 
 
 class _Scale:
@@ -78,8 +83,11 @@ class _Scale:
         return round(self._start + (value - self.low) * self._factor, 1)
 
 
-def draw(name: str, series: Sequence[Series], slots: dict[str, int]) -> Chart | None:
-    """A chart of one metric, a line a stage; None when no value is finite. slots: the colour number of each stage."""
+def draw(name: str, series: Sequence[Series], slots: dict[str, int], size: tuple[int, int] = LARGE) -> Chart | None:
+    """A chart of one metric, a line a stage; None when no value is finite. slots: the colour number of each stage.
+
+    size: width and height in SVG units.
+    """
     drawn = [one for one in series if one.points()][:_MAX_SERIES]
     if not drawn:
         return None
@@ -88,7 +96,8 @@ def draw(name: str, series: Sequence[Series], slots: dict[str, int]) -> Chart | 
     steps = [step for one in drawn for step in one.steps]
     x_low, x_high = _span(min(steps), max(steps), 0.0)
     y_low, y_high = _span(min(values), max(values), 0.06)
-    across, up = _Scale(x_low, x_high, LEFT, WIDTH - RIGHT), _Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    width, height = size
+    across, up = _Scale(x_low, x_high, LEFT, width - RIGHT), _Scale(y_low, y_high, height - BOTTOM, TOP)
     lines = []
     for one in drawn:
         count = len(one.points())
@@ -104,6 +113,8 @@ def draw(name: str, series: Sequence[Series], slots: dict[str, int]) -> Chart | 
         tuple(Tick(up(at), label) for at, label in nice_ticks(y_low, y_high, 4)),
         up(0.0) if y_low < 0 < y_high else None,
         tuple(notes),
+        width,
+        height,
     )
 
 
@@ -111,7 +122,8 @@ def _line(series: Series, across: _Scale, up: _Scale, slot: int) -> Line:
     points = series.points()
     values = [value for _, value in points]
     smoothed = values
-    if len(values) >= _SMOOTH_FROM:
+    # A schedule is already smooth, and averaging would move its ends.
+    if len(values) >= _SMOOTH_FROM and noise(values) > 0.005 * (max(values) - min(values)):
         smoothed = smooth(values, max(3, min(len(values) // 20, 101) | 1))
     curve = [(step, value) for (step, _), value in zip(points, smoothed, strict=True)]
     last_step, last_value = curve[-1]

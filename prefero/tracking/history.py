@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from prefero.tracking.base import RESERVED
@@ -99,11 +100,18 @@ def finite_number(value: Any) -> float | None:
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """The centred moving average; at the ends the window shrinks evenly, so that no end is dragged along."""
-    half, count = window // 2, len(values)
-    averaged = []
-    for index in range(count):
-        reach = min(half, index, count - 1 - index)
-        # fsum and not running sums: one spike of 1e20 would wipe out every value after it.
-        averaged.append(math.fsum(values[index - reach : index + reach + 1]) / (2 * reach + 1))
-    return averaged
+    """The centred moving average; near the ends, over the part of the window that exists."""
+    half = window // 2
+    # fsum and not running sums: one spike of 1e20 would wipe out every value after it.
+    parts = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [math.fsum(part) / len(part) for part in parts]
+
+
+def noise(values: list[float]) -> float:
+    """The standard deviation of what jumps from point to point, trends left out (0 for fewer than three values).
+
+    Second differences of a smooth curve are near zero, and under white noise their variance is 6 sigma². The median
+    keeps single spikes out.
+    """
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return median(bends) / 0.6745 / math.sqrt(6) if bends else 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from prefero.tracking.history import History, Series, smooth
+from prefero.tracking.history import History, Series, noise, smooth
 from prefero.tracking.names import short
 
 KL_BOUND = 10.0
@@ -57,13 +57,13 @@ def _over_optimisation(history: History, stage: str) -> Iterator[Notice]:
     gold, proxy = golds[0], proxies[0]
     if len(gold.points()) < _MIN_POINTS or len(proxy.points()) < _MIN_POINTS:
         return
-    steps, values, noise = _trend(gold, _stderr(history, gold))
+    steps, values, gold_noise = _trend(gold, _stderr(history, gold))
     peak = max(range(len(values)), key=values.__getitem__)
     drop = values[peak] - values[-1]
     proxy_steps, proxy_values, proxy_noise = _trend(proxy, _stderr(history, proxy))
     at_peak = min(range(len(proxy_steps)), key=lambda index: abs(proxy_steps[index] - steps[peak]))
     rise = proxy_values[-1] - proxy_values[at_peak]
-    falls = drop > max(_SURE * noise, 0.1 * (max(values) - min(values)))
+    falls = drop > max(_SURE * gold_noise, 0.1 * (max(values) - min(values)))
     rises = rise > max(proxy_noise, 0.05 * (max(proxy_values) - min(proxy_values)))
     if falls and rises:
         yield Notice(
@@ -82,13 +82,9 @@ def _trend(series: Series, stderr: float | None) -> tuple[list[float], list[floa
     values = [value for _, value in points]
     window = max(3, len(values) // 20 | 1) if len(values) >= 5 else 1
     if stderr is None:
-        # Second differences of a smooth curve are near zero, and their variance under white noise is 6 sigma².
-        bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
-        stderr = median(bends) / 0.6745 / math.sqrt(6)
-    smoothed = smooth(values, window)
-    # The window shrinks to one point at the very end; end on the mean of the last window instead.
-    smoothed[-1] = fmean(values[-max(window // 2 + 1, 1) :])
-    return [step for step, _ in points], smoothed, stderr / math.sqrt(max(window // 2 + 1, 1))
+        stderr = noise(values)
+    # window // 2 + 1 values make the average at the very end, the least certain one and the one that is compared.
+    return [step for step, _ in points], smooth(values, window), stderr / math.sqrt(window // 2 + 1)
 
 
 def _stderr(history: History, series: Series) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from prefero.tracking.charts import Chart, draw
+from prefero.tracking.charts import LARGE, SMALL, Chart, draw
 from prefero.tracking.history import History, finite_number, read_history
 from prefero.tracking.names import KINDS, by_importance, duration, kind, section, short
 from prefero.tracking.notices import KL_BOUND, Notice, find_notices
@@ -32,6 +32,7 @@ _MEANING = {
     "length": "Tokens of a completion.",
     "diversity": "How little completions repeat themselves.",
 }
+_LABELS = {"kl": "KL", "rm": "RM", "heldout": "held-out"}
 _SECTION_TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
@@ -188,7 +189,7 @@ def _spread(summary: Mapping[str, Any], key: str) -> str:
 
 
 def _label(key: str) -> str:
-    return visible(key).replace("_", " ").strip()[:60]
+    return " ".join(_LABELS.get(word, word) for word in visible(key).split("_"))[:60]
 
 
 def _number(value: float) -> str:
@@ -215,10 +216,10 @@ def _groups(history: History) -> list[Group]:
     slots = _slots(history)
     groups: dict[str, list[tuple[Chart, str]]] = {"": []}
     for name in by_importance(history.series):
-        chart = draw(name, list(history.series[name].values()), slots)
+        found = kind(name)
+        chart = draw(name, list(history.series[name].values()), slots, LARGE if found else SMALL)
         if chart is None:
             continue
-        found = kind(name)
         groups.setdefault("" if found else section(name), []).append((chart, _MEANING[found] if found else ""))
     order = ["", *(name for name in _SECTION_TITLES if name in groups)]
     order += sorted(name for name in groups if name not in order)
