@@ -38,11 +38,11 @@ def as_number(value: Any, reward: str, rollout: Rollout) -> float:
     Raises ValueError naming the reward, the prompt, the value and the cure for anything else: None, text, NaN,
     infinities, numbers beyond float32.
     """
-    number: float | None = None
-    if isinstance(value, (Real, np.bool_)) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.size == 1):
-        number = float(value)
-    if number is not None and math.isfinite(number) and abs(number) <= _LARGEST:
-        return number
+    number = value
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        number = value.item()
+    if isinstance(number, Real) and abs(number) <= _LARGEST:  # false for NaN as well
+        return float(number)
     cure = {
         "NoneType": "return a number on every path of the function (a path without `return` gives None)",
         "str": "return a number, not text",

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt, frame, pad_id
+from prefero.data.spelling import frame, pad_id
+from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt
+from prefero.models.trunk import evaluating
 from prefero.types import Prompt, Rollout, Score
 
 
@@ -99,14 +101,11 @@ class ModelReward:
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         results = [math.nan] * len(texts)
         device = next((p.device for p in self.reward_model.parameters()), torch.device("cpu"))
-        training = [module for module in self.reward_model.modules() if module.training]
-        self.reward_model.eval()
-        try:
+        with torch.no_grad(), evaluating(self.reward_model):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 token_ids, mask = _right_padded([texts[i] for i in rows], pad_id(self.tokenizer))
-                with torch.no_grad():
-                    output: Tensor = self.reward_model(token_ids.to(device), mask.to(device))
+                output: Tensor = self.reward_model(token_ids.to(device), mask.to(device))
                 if output.shape != (len(rows),):
                     raise ValueError(
                         f"reward model gave a tensor of shape {list(output.shape)} for {len(rows)} texts: it must give "
@@ -114,9 +113,6 @@ class ModelReward:
                     )
                 for row, value in zip(rows, output.float().tolist(), strict=True):
                     results[row] = value
-        finally:
-            for module in training:
-                module.training = True
         return results
 
 
