@@ -184,15 +184,15 @@ class _LiveDisplay:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task, self._numbers, self._sample = None, Text(), Text()
-        self._draw()
+        self._draw(refresh=True)  # or the line below would be followed by what was drawn last
         self._console.print(Text("✓ ", style="green").append(line, style="default"))
 
     def close(self) -> None:
         self._live.stop()
 
-    def _draw(self) -> None:
+    def _draw(self, refresh: bool = False) -> None:
         parts: list[RenderableType] = [self._progress, *(text for text in (self._numbers, self._sample) if text)]
-        self._live.update(Group(*parts) if self._task is not None else Text())
+        self._live.update(Group(*parts) if self._task is not None else Text(), refresh=refresh)
 
 
 def sample_table(
