@@ -74,8 +74,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-6) -> None:
     assert one.keys() == other.keys() and one
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=1e-12, msg=name)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=rtol, atol=1e-12, msg=name)
 
 
 def trainer(ppo: PPO | None = None, lr: float = 1.0, reward_model: Any = None, **changes: Any) -> PPOTrainer:

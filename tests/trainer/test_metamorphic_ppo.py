@@ -233,7 +233,7 @@ def test_tokens_after_the_end_change_nothing() -> None:
     assert_same(loss_gradients(ppo, one)[1], loss_gradients(ppo, two)[1], rtol=1e-9)
 
 
-# 6. shift and scale of the reward --------------------------------------------------------------------------------------
+# 6. shift and scale of the reward -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 5.0), (3.0, 0.0), (0.5, -2.0)])
