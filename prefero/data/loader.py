@@ -38,6 +38,8 @@ class Loader(Generic[T, B]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        if seed < 0:
+            raise ValueError(f"seed = {seed}: must be 0 or more")
         if not len(items):
             raise ValueError("there are no rows to load; give a data set with at least one row")
         if drop_last and len(items) < batch_size:
@@ -74,8 +76,9 @@ class Loader(Generic[T, B]):
 
     def indices(self, epoch: int) -> list[list[int]]:
         """The row numbers of every batch of an epoch, in order."""
-        random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(len(self.items)).tolist() if self.shuffle else list(range(len(self.items)))
+        # a bit generator's raw stream is the same in every NumPy version; its permutation() need not be
+        random = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
+        order = _permutation(random, len(self.items)) if self.shuffle else list(range(len(self.items)))
         if self.drop_last:  # before sorting, or it would always be the shortest rows that are left out
             order = order[: len(self) * self.batch_size]
         if self.group_by is not None:
@@ -85,7 +88,7 @@ class Loader(Generic[T, B]):
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         if self.length is not None and self.shuffle:
             short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-            batches = [batches[i] for i in random.permutation(len(batches))] + short
+            batches = [batches[i] for i in _permutation(random, len(batches))] + short
         return batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,3 +137,7 @@ class Loader(Generic[T, B]):
         pool = self.batch_size * _POOL if self.shuffle else len(order)
         pools = (order[i : i + pool] for i in range(0, len(order), pool))
         return [i for part in pools for i in sorted(part, key=lambda index: measure(self.items[index]), reverse=True)]
+
+
+def _permutation(random: np.random.Philox, size: int) -> list[int]:
+    return [int(i) for i in np.argsort(random.random_raw(size), kind="stable")]

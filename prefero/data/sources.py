@@ -114,7 +114,7 @@ class Budget:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A ready-made hint: the names most like `name`, or nothing."""
-    close = difflib.get_close_matches(name, [str(known) for known in names], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, [str(known) for known in names], n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(known) for known in close)}?)" if close else ""
 
 
@@ -247,7 +247,7 @@ def _split_file(folder: Path, split: str) -> Path:
     if found:
         raise ValueError(f"{folder}: several files for split {split!r}: {', '.join(p.name for p in found)}; name one")
     raise ValueError(
-        f"{folder}: no file for split {split!r}{nearest(f'{split}.jsonl', names)}; "
+        f"{folder}: no file for split {split!r}{nearest(split, [name.partition('.')[0] for name in names])}; "
         f"expected {split}.jsonl (or {', '.join(SUFFIXES[1:])}); the folder holds: {', '.join(names[:10]) or 'nothing'}"
     )
 

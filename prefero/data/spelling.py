@@ -117,11 +117,14 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     return encode_following(tokenizer, text, lambda part: encode_plain(tokenizer, part))
 
 
-def encode_following(tokenizer: Any, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """`encode` of a text that follows other text, without a first-word space; anchored to text that stays apart."""
+def encode_following(tokenizer: Any, text: str, encode: Callable[[str], list[int]], marker: str = "") -> list[int]:
+    """`encode` of a text that follows other text: anchored to something before it, whose own ids are cut off again.
+
+    marker: the special token right before the text, if there is one; some tokenizers start a first word after it.
+    """
     if not text or not facts(tokenizer).adds_space:
         return encode(text)
-    for anchor in _ANCHORS:
+    for anchor in (marker,) if marker else _ANCHORS:
         before, whole = encode(anchor), encode(anchor + text)
         if whole[: len(before)] == before:
             return whole[len(before) :]

@@ -145,7 +145,8 @@ def encode_conversation(
         if number == 0:
             new = _framed(encode_rendered(tokenizer, piece.text, guard), prefix)
         else:
-            new = encode_following(tokenizer, piece.text, lambda part: encode_rendered(tokenizer, part, guard))
+            marker = str(tokenizer.convert_ids_to_tokens(ids[-1])) if ids[-1] in facts(tokenizer).special_ids else ""
+            new = encode_following(tokenizer, piece.text, lambda part: encode_rendered(tokenizer, part, guard), marker)
         spoken = _turn_end(tokenizer, new, eos) if piece.learn else 0
         if number == len(pieces) - 1:
             new = new[:spoken] if eos in new[:spoken] else [*new[:spoken], eos]
@@ -185,7 +186,7 @@ def _fit(example: Example, num_prefix: int, max_length: int | None, truncate: Tr
         return example
     if truncate == "right" and any(mask[:max_length]):
         return Example(ids[:max_length], mask[:max_length])
-    excess, first_learned = len(ids) - max_length, mask.index(1)
+    excess, first_learned = len(ids) - max_length, mask.index(1) if any(mask) else len(ids)
     if truncate == "left" and num_prefix + excess < first_learned:
         return Example(ids[:num_prefix] + ids[num_prefix + excess :], mask[:num_prefix] + mask[num_prefix + excess :])
     raise TooLongError(_too_long(name, len(ids), max_length, False))
