@@ -15,10 +15,7 @@ _ESCAPES = re.compile(
 )
 # Joiners shape Indic, Persian and emoji text; everything else of category Cf only hides or reorders.
 _JOINERS = "\u200c\u200d"
-
-
-def _named(character: str) -> str:
-    return f"⟨U+{ord(character):04X}⟩"
+_UNUSUAL = re.compile(r"[^ -~\n\t]")  # most characters of most texts are passed over without a look-up
 
 
 def _is_invisible(character: str) -> bool:
@@ -31,15 +28,14 @@ def visible(text: str) -> str:
 
     ESC becomes ␛ and so on; others are named, as in ⟨U+202E⟩. Line breaks and tabs stay.
     """
-    shown = []
-    for character in text.replace("\r\n", "\n"):
-        if character in "\n\t" or not _is_invisible(character):
-            shown.append(character)
-        elif character < " ":
-            shown.append(chr(0x2400 + ord(character)))
-        else:
-            shown.append(_named(character))
-    return "".join(shown)
+    return _UNUSUAL.sub(_stand_in, text.replace("\r\n", "\n"))
+
+
+def _stand_in(match: re.Match[str]) -> str:
+    character = match[0]
+    if not _is_invisible(character):
+        return character
+    return chr(0x2400 + ord(character)) if character < " " else f"⟨U+{ord(character):04X}⟩"
 
 
 def for_terminal(text: str, limit: int | None = None) -> str:

@@ -186,7 +186,7 @@ def test_labels_at_the_same_end_do_not_overlap() -> None:
 _FLOATS = st.floats(-1e300, 1e300)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.dictionaries(_FLOATS, _FLOATS | st.none(), min_size=1, max_size=40))
 def test_any_curve_stays_inside_its_chart(curve: dict[float, float | None]) -> None:
     points = sorted(curve.items())
