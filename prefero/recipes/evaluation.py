@@ -1,0 +1,138 @@
+"""Held-out evaluation: the same prompts and the same random draws for every policy, so differences are the policy's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prefero.algorithms.base import evaluating
+from prefero.functional import kl, masked
+from prefero.models.base import Actor
+from prefero.models.lora import has_lora
+from prefero.rewards.base import Reward
+from prefero.rollout.collect import collect
+from prefero.rollout.engine import Engine, SamplingParams
+from prefero.trainer.collate import collate_rollouts
+from prefero.types import Metrics, Prompt, Rollout, ScoredRollout
+
+Judge = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What a policy is measured by besides its reward: an independent scorer, and whether an answer is on topic."""
+
+    gold: Reward | None = None
+    gold_name: str = "gold"
+    on_topic: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers of one policy on the held-out prompts, with the answers they came from.
+
+    headline: the gold score of each rollout where there is a gold scorer, else its reward.
+    """
+
+    metrics: Metrics
+    rollouts: list[ScoredRollout]
+    headline: list[float]
+    gold: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The held-out prompts and everything they are judged by; the same for every policy of a run."""
+
+    prompts: Sequence[Prompt]
+    reward: Reward
+    yardsticks: Yardsticks
+    sampling: SamplingParams
+    num_samples: int
+
+    def __call__(self, engine: Engine) -> Evaluation:
+        """Samples every prompt from the policy that the engine runs and measures the answers."""
+        rollouts = collect(self.prompts, engine, self.reward, self.sampling, self.num_samples)
+        return measure(rollouts, self.yardsticks)
+
+
+def measure(rollouts: list[ScoredRollout], yardsticks: Yardsticks) -> Evaluation:
+    """The numbers of rollouts already scored (section `eval/`)."""
+    rewards = [rollout.score.value for rollout in rollouts]
+    metrics = {
+        "eval/reward": statistics.fmean(rewards),
+        "eval/length": statistics.fmean(len(r.completion.token_ids) for r in rollouts),
+        "eval/ended": statistics.fmean(r.completion.finish_reason == "stop" for r in rollouts),
+        "eval/distinct_words": distinct_words([r.completion.text for r in rollouts]),
+        "eval/distinct_completions": len({r.completion.text for r in rollouts}) / len(rollouts),
+    }
+    for name in rollouts[0].score.parts:
+        metrics[f"eval/reward_{name}"] = statistics.fmean(r.score.parts[name] for r in rollouts)
+    gold = [] if yardsticks.gold is None else [score.value for score in yardsticks.gold(rollouts)]
+    if gold:
+        metrics["eval/gold"] = statistics.fmean(gold)
+    if yardsticks.on_topic is not None:
+        judge = yardsticks.on_topic
+        metrics["eval/on_topic"] = statistics.fmean(judge(r.prompt.text, r.completion.text) for r in rollouts)
+    return Evaluation(metrics, rollouts, gold or rewards, gold)
+
+
+def distinct_words(texts: Sequence[str]) -> float:
+    """Different words divided by words, over all texts together (1 when nothing repeats)."""
+    words = [word for text in texts for word in text.lower().split()]
+    return len(set(words)) / len(words) if words else 0.0
+
+
+def paired_standard_error(before: Evaluation, after: Evaluation) -> float:
+    """Standard error of the mean headline difference after - before, over prompts.
+
+    Samples of one prompt are averaged first, because they are not independent; infinite for a single prompt.
+    """
+    differences: dict[str, list[float]] = {}
+    for old, new, rollout in zip(before.headline, after.headline, after.rollouts, strict=True):
+        differences.setdefault(rollout.prompt.id, []).append(new - old)
+    means = [statistics.fmean(values) for values in differences.values()]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf
+
+
+def before_after_rows(before: Evaluation, after: Evaluation, count: int = 8) -> list[dict[str, Any]]:
+    """The first answers to the same prompts by both policies, as rows for the sample log."""
+    rows, seen = [], set()
+    for index, (old, new) in enumerate(zip(before.rollouts, after.rollouts, strict=True)):
+        if old.prompt.id in seen:
+            continue
+        seen.add(old.prompt.id)
+        row = {"prompt": old.prompt.text, "before": old.completion.text, "after": new.completion.text}
+        rows.append(row | {"gold_before": before.headline[index], "gold_after": after.headline[index]})
+        if len(rows) == count:
+            break
+    return rows
+
+
+@torch.no_grad()
+def kl_from_reference(
+    rollouts: Sequence[Rollout], reference: Actor, temperature: float, batch_size: int = 64
+) -> list[float]:
+    """log p_policy - log p_reference summed over each completion's tokens: its mean estimates the KL in nats.
+
+    The policy's log-probabilities are those kept when sampling. A LoRA actor is measured against itself with its
+    adapters off by giving that actor.
+    """
+    differences: list[float] = []
+    device = next(reference.parameters()).device
+    with evaluating(reference), reference.reference() if has_lora(reference.model) else nullcontext():
+        for start in range(0, len(rollouts), batch_size):
+            batch = collate_rollouts(rollouts[start : start + batch_size], device)
+            assert batch.logprobs is not None, "an engine keeps the log-probability of every token"
+            theirs = reference(
+                batch.sequences, batch.action_mask.shape[1], batch.attention_mask, temperature=temperature
+            )
+            ours = kl.estimate(batch.logprobs, theirs, kind="k1")
+            differences += masked.sum(ours, batch.action_mask, dim=1).tolist()
+    return differences

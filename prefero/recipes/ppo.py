@@ -1,0 +1,142 @@
+"""Stage 3: PPO against a reward, with a held-out examination before, during and after."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from prefero.algorithms.ppo import PPOSettings
+from prefero.config import Config, ConfigError, PPOConfig, RewardPart
+from prefero.data.tokenize import encode_prompts
+from prefero.functional.kl import AdaptiveCoefficient
+from prefero.models.auto import AutoCritic
+from prefero.models.base import Actor, Critic
+from prefero.models.lora import has_lora
+from prefero.recipes.evaluation import Examination
+from prefero.recipes.rewards import build_part, build_reward
+from prefero.recipes.session import Session, adamw, load_policy, make_strategy, num_parameters, schedule
+from prefero.recipes.sources import Split, spread
+from prefero.recipes.watcher import PPOResult, Watcher
+from prefero.rollout.engine import SamplingParams
+from prefero.rollout.hf import HFEngine
+from prefero.trainer import PPOTrainer
+from prefero.types import Prompt
+
+
+def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPOResult:
+    """Trains the policy at `policy` (a folder or a name) and exports it; reward_model: what `trained` means."""
+    config, settings = session.config, session.config.ppo
+    actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank)
+    strategy = make_strategy(config, num_parameters(actor))
+    critic = make_critic(config, policy)
+    reference = None if has_lora(actor.model) else frozen_copy(actor)
+    examination = make_examination(session, tokenizer, reward_model)
+
+    actor_optim, critic_optim = adamw(actor, settings.learning_rate), adamw(critic, settings.critic_learning_rate)
+    prepared = strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
+    (actor, actor_optim), (critic, critic_optim) = prepared[:2]
+    engine = HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size)
+    optimizer_steps = settings.steps
+    schedulers = [
+        schedule(actor_optim, settings.schedule, optimizer_steps, settings.warmup_fraction, settings.critic_warmup),
+        schedule(critic_optim, settings.schedule, optimizer_steps, settings.warmup_fraction),
+    ]
+    watcher = Watcher(session, examination, engine, actor, reference, tokenizer)
+    trainer = PPOTrainer(
+        strategy,
+        actor,
+        critic,
+        examination.reward,
+        reference,
+        actor_optim,
+        critic_optim,
+        train_batch_size=settings.train_batch_size,
+        experience_batch_size=settings.prompts_per_step,
+        max_epochs=settings.max_epochs,
+        callbacks=[watcher],
+        settings=ppo_settings(settings),
+        micro_batch_size=settings.micro_batch_size or None,
+        engine=engine,
+        sampling=sampling_params(config),
+        num_samples=settings.num_samples,
+        schedulers=schedulers,
+    )
+    watcher.trainer = trainer
+    prompts = load_prompts(session, tokenizer, "train")
+    session.tracker.start("ppo", settings.steps)
+    trainer.fit(prompts, num_episodes=settings.steps, max_timesteps=1, update_timesteps=1)
+    return watcher.finish()
+
+
+def make_critic(config: Config, policy: str) -> Critic:
+    """A critic on the policy's own body (or its first `ppo.critic_layers` layers), with a head that starts at zero."""
+    return AutoCritic(
+        pretrained=policy,
+        num_layers=config.ppo.critic_layers or None,
+        level=config.ppo.level,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def frozen_copy(actor: Actor) -> Actor:
+    """The reference: what the actor is now, never to change."""
+    reference = deepcopy(actor)
+    reference.requires_grad_(False)
+    reference.eval()
+    return reference
+
+
+def ppo_settings(c: PPOConfig) -> PPOSettings:
+    """The algorithm's numbers from the config's."""
+    return PPOSettings(
+        level=c.level,
+        kl_coef=AdaptiveCoefficient(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else c.kl_coef,
+        gamma=c.gamma,
+        lam=c.lam,
+        clip_low=c.clip,
+        clip_high=c.clip_high or None,
+        dual_clip=c.dual_clip or None,
+        value_clip=c.value_clip,
+        whiten_advantages=c.whiten_advantages,
+        temperature=c.temperature,
+        missing_eos_penalty=c.missing_eos_penalty,
+    )
+
+
+def sampling_params(config: Config) -> SamplingParams:
+    """How completions are drawn while training."""
+    c = config.ppo
+    return SamplingParams(
+        max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, temperature=c.temperature, seed=config.seed
+    )
+
+
+def load_prompts(session: Session, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
+    """The split's prompts as token ids, each with its own id."""
+    data = session.config.data
+    rows = session.sources.prompts(split)
+    prompts = encode_prompts(tokenizer, rows, max_length=data.max_prompt_length, truncate=data.truncate, chat=data.chat)
+    if not prompts:
+        raise ConfigError(f"no {split} prompt has at most data.max_prompt_length {data.max_prompt_length} tokens")
+    return [replace(prompt, id=f"{split}/{prompt.id}") for prompt in prompts]
+
+
+def make_examination(session: Session, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None) -> Examination:
+    """The held-out prompts with the run's reward and its independent scorer."""
+    config = session.config
+    length, size = config.reward.max_length, config.evaluate.batch_size
+    yardsticks = session.sources.yardsticks()
+    if config.evaluate.gold:
+        gold = build_part("gold", RewardPart(use=config.evaluate.gold), reward_model, length, size)
+        yardsticks = replace(yardsticks, gold=gold, gold_name=config.evaluate.gold)
+    return Examination(
+        prompts=spread(load_prompts(session, tokenizer, "heldout"), config.evaluate.num_prompts),
+        reward=build_reward(config.ppo.rewards, reward_model, length, size),
+        yardsticks=yardsticks,
+        # A seed of its own: the examination's draws are never those of a training step.
+        sampling=replace(sampling_params(config), seed=config.seed + 1_000_003),
+        num_samples=config.evaluate.num_samples,
+    )

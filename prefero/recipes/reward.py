@@ -1,0 +1,73 @@
+"""Stage 2: a reward model from comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefero.data import EncodedComparison, Loader, collate_comparisons, encode_comparison, encode_rows, pad_id
+from prefero.models.auto import AutoRM
+from prefero.models.loading import load_tokenizer
+from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
+from prefero.recipes.sources import Split
+from prefero.trainer import RewardModelTrainer
+from prefero.types import Metrics, PreferenceBatch
+
+
+def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
+    """Trains a reward model and exports it; policy: what the backbone `policy` means. Returns folder and metrics."""
+    config, settings = session.config, session.config.reward
+    backbone = policy if settings.model == "policy" else settings.model
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(backbone, trust_remote_code=trust)
+    model = AutoRM(pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout)
+    strategy = make_strategy(config, num_parameters(model))
+    loader = comparisons(session, tokenizer, "train")
+    steps = settings.steps or settings.epochs * len(loader)
+    session.tracker.start("reward", steps)
+    model, optimizer = strategy.prepare((model, adamw(model, settings.learning_rate, settings.weight_decay)))
+    trainer = RewardModelTrainer(
+        model,
+        strategy,
+        optimizer,
+        Steps(loader, steps),
+        comparisons(session, tokenizer, "heldout"),
+        max_epochs=1,
+        loss_fn=settings.loss,
+        centering=settings.centering,
+        micro_batch_size=settings.micro_batch_size or None,
+        dropout=settings.dropout,
+        scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
+        tracker=session.tracker,
+        eval_interval=settings.eval_every or None,
+    )
+    metrics = trainer.fit()
+    model.save_pretrained(session.run.model, tokenizer)
+    summary = {"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics}
+    session.run.write_summary({**summary, "seconds": round(session.seconds, 1)})
+    return session.run.model, metrics
+
+
+def comparisons(session: Session, tokenizer: Any, split: Split) -> Loader[Any, PreferenceBatch]:
+    """The split's comparisons in batches; those about one prompt (or film) meet, so a shared text is read once."""
+    config, settings = session.config, session.config.reward
+    rows = session.sources.preferences(split)
+    limit = settings.max_rows if split == "train" else config.evaluate.max_pairs
+    if limit:
+        rows = rows[:limit]
+    group_by = session.sources.group_by
+
+    def encode(row: Any) -> tuple[str, EncodedComparison]:
+        # The end of a text decides what it is worth, so a text too long loses its beginning.
+        encoded = encode_comparison(tokenizer, row, settings.max_length, truncate="left", chat=config.data.chat)
+        return str(row.columns.get(group_by, row.prompt)), encoded
+
+    filler = pad_id(tokenizer)
+    return Loader(
+        encode_rows(rows, encode),
+        settings.batch_size,
+        lambda batch: collate_comparisons([encoded for _, encoded in batch], filler),
+        shuffle=split == "train",
+        seed=config.seed,
+        group_by=lambda item: item[0],
+    )

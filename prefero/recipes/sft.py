@@ -1,0 +1,59 @@
+"""Stage 1: supervised fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
+from prefero.recipes.session import Session, Steps, adamw, load_policy, make_strategy, num_parameters, schedule
+from prefero.recipes.sources import Split
+from prefero.trainer import SFTTrainer
+from prefero.types import TokenBatch
+
+
+def train_sft(session: Session) -> Path:
+    """Teaches the configured model to imitate and exports it; returns the exported folder."""
+    config, settings = session.config, session.config.sft
+    rank = config.model.lora_rank if settings.lora_rank < 0 else settings.lora_rank
+    actor, tokenizer = load_policy(config, config.model.path, session.sources, rank)
+    strategy = make_strategy(config, num_parameters(actor))
+    loader = _loader(session, tokenizer, "train")
+    steps = settings.steps or settings.epochs * len(loader)
+    session.tracker.start("sft", steps)
+    actor, optimizer = strategy.prepare((actor, adamw(actor, settings.learning_rate, settings.weight_decay)))
+    trainer = SFTTrainer(
+        actor,
+        strategy,
+        optimizer,
+        Steps(loader, steps),
+        _loader(session, tokenizer, "heldout"),
+        max_epochs=1,
+        micro_batch_size=settings.micro_batch_size or None,
+        scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
+        tracker=session.tracker,
+    )
+    metrics = trainer.fit()
+    actor.save_pretrained(session.run.model, tokenizer)
+    session.run.write_summary({"stage": "sft", **metrics, "seconds": round(session.seconds, 1)})
+    return session.run.model
+
+
+def _loader(session: Session, tokenizer: Any, split: Split) -> Loader[Any, TokenBatch]:
+    config, settings = session.config, session.config.sft
+    rows = session.sources.sft(split)
+    if settings.max_rows:
+        rows = rows[: settings.max_rows]
+    examples = encode_rows(
+        rows,
+        lambda row: encode_sft(tokenizer, row, settings.max_length, truncate="right", chat=config.data.chat),
+    )
+    filler = pad_id(tokenizer)
+    return Loader(
+        examples,
+        settings.batch_size,
+        lambda batch: collate_examples(batch, filler),
+        shuffle=split == "train",
+        seed=config.seed,
+        length=lambda example: len(example.token_ids),
+    )

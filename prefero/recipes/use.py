@@ -1,0 +1,147 @@
+"""What is done with a trained model: generate, chat, evaluate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefero.data.formats import to_prompts
+from prefero.data.sources import read_rows
+from prefero.data.tokenize import encode_prompt
+from prefero.models.auto import AutoActor
+from prefero.models.base import Actor
+from prefero.models.loading import load_tokenizer
+from prefero.recipes.session import num_parameters, set_up_machine
+from prefero.rollout.engine import SamplingParams
+from prefero.rollout.hf import HFEngine
+from prefero.tracking.text import for_terminal, visible
+from prefero.types import Message, Prompt
+
+
+def model_folder(name: str) -> str:
+    """The export inside a run folder; any other name (a model folder, fetched or hub name) as it is."""
+    inside = Path(name).expanduser() / "model"
+    if (inside / "config.json").is_file():
+        return str(inside)
+    if inside.is_dir() and (inside.parent / "metrics.jsonl").is_file():
+        raise ValueError(f"{inside} is empty: the run in {name} has not finished; let it end, or name another model")
+    return name
+
+
+def load_for_use(name: str, trust_remote_code: bool = False) -> tuple[Actor, PreTrainedTokenizerBase]:
+    """A model to sample from, with its tokenizer."""
+    folder = model_folder(name)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    actor = AutoActor(pretrained=folder, trust_remote_code=trust_remote_code)
+    set_up_machine(num_parameters(actor))
+    return actor.requires_grad_(False), tokenizer
+
+
+def sampling(args: Namespace) -> SamplingParams:
+    """The sampling flags as parameters; temperature 0 means greedy."""
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        greedy=args.temperature == 0,
+    )
+
+
+def generate(args: Namespace) -> None:
+    """`prefero generate`: completions of prompts from the command line, a file or standard input."""
+    if args.num_samples < 1:
+        raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
+    params = sampling(args)
+    actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
+    prompts = [encode_prompt(tokenizer, text, id) for id, text in _texts(args)]
+    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    completions = HFEngine(actor, tokenizer).generate(repeated, params)
+    rows = [
+        {
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "completion": done.text,
+            "finish_reason": done.finish_reason,
+        }
+        for prompt, done in zip(repeated, completions, strict=True)
+    ]
+    if args.out:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(args.out).write_text(lines, encoding="utf-8")
+        print(f"{len(rows)} completions in {args.out}")
+        return
+    for row in rows:
+        print(f"> {for_terminal(row['prompt'])}\n{for_terminal(row['completion'])}\n")
+
+
+def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
+    if args.prompts and args.prompt:
+        raise ValueError("--prompt and --prompts are both given; use one")
+    if args.prompts:
+        for row in to_prompts(read_rows(args.prompts)):
+            yield row.id, row.prompt
+        return
+    texts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("there is nothing to continue; give --prompt TEXT, --prompts FILE, or lines on standard input")
+    for number, text in enumerate(texts, 1):
+        yield f"prompt {number}", text
+
+
+def chat(args: Namespace) -> None:
+    """`prefero chat`: a conversation in the terminal; models without a chat template continue each line on its own."""
+    actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
+    engine, params = HFEngine(actor, tokenizer), sampling(args)
+    templated = bool(tokenizer.chat_template)
+    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system and templated else []
+    note = "" if templated else " This model has no chat template: every line is continued on its own."
+    print(f"Chatting with {args.model}. /new starts over, /exit or Ctrl-D leaves.{note}", file=sys.stderr)
+    for turn, line in enumerate(_lines()):
+        if line == "/new":
+            messages = messages[:1] if args.system and templated else []
+            continue
+        messages.append({"role": "user", "content": line})
+        question: str | Sequence[Message] = messages if templated else line
+        try:
+            prompt = encode_prompt(tokenizer, question, f"turn {turn}", max_length=_room(actor, params.max_new_tokens))
+        except ValueError as error:
+            messages.pop()
+            print(f"({error}; /new starts over)", file=sys.stderr)
+            continue
+        answer = _say(engine, prompt, params)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _room(actor: Actor, max_new_tokens: int) -> int | None:
+    context = getattr(actor.model.config, "max_position_embeddings", None)
+    return None if context is None else int(context) - max_new_tokens
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line:
+            yield line
+
+
+def _say(engine: HFEngine, prompt: Prompt, params: SamplingParams) -> str:
+    pieces = []
+    for piece in engine.stream(prompt, params):
+        pieces.append(piece)
+        # Not a terminal command of the model's, whatever it writes; line breaks may stay.
+        print(visible(piece), end="", flush=True)
+    print()
+    return "".join(pieces)

@@ -1,0 +1,143 @@
+"""What happens around PPO's loop: numbers and samples logged, the policy examined, weights kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefero.algorithms.ppo import explained_variance
+from prefero.models.base import Actor
+from prefero.recipes.evaluation import (
+    Evaluation,
+    Examination,
+    before_after_rows,
+    kl_from_reference,
+    measure,
+    paired_standard_error,
+)
+from prefero.recipes.session import Session
+from prefero.rollout.best_of_n import best_of_n, kl_bound
+from prefero.rollout.engine import Engine
+from prefero.tracking.base import sample_rows
+from prefero.trainer import PPOTrainer
+from prefero.trainer.base import mean_metrics
+from prefero.trainer.callbacks import Callback
+from prefero.types import Experience, Metrics
+
+_SAMPLES = 4
+"""Rollouts of a training step kept in samples.jsonl."""
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What the stage found out; `model` is the exported folder."""
+
+    model: Path
+    before: Evaluation
+    after: Evaluation
+    summary: dict[str, Any]
+
+
+class Watcher(Callback):
+    """Logs every iteration, examines the policy before, during and after, exports it at the end.
+
+    trainer must be set before the loop starts (the trainer takes its callbacks first).
+    """
+
+    trainer: PPOTrainer
+    before: Evaluation
+    after: Evaluation
+
+    def __init__(
+        self,
+        session: Session,
+        examination: Examination,
+        engine: Engine,
+        actor: Actor,
+        reference: Actor | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.session = session
+        self.examination = examination
+        self.engine = engine
+        self.actor = actor
+        self.reference = reference or actor
+        self.tokenizer = tokenizer
+        self.best_of: Evaluation | None = None
+        self.learned: list[Metrics] = []
+        self.rollout: Metrics = {}
+
+    def on_fit_start(self) -> None:
+        """The policy as it comes, and best-of-n of it: what PPO has to beat."""
+        self.before = self.after = self._examine(0)
+        count = self.session.config.evaluate.best_of
+        if count:
+            exam = self.examination
+            best = best_of_n(exam.prompts, self.engine, exam.reward, count, exam.sampling)
+            self.best_of = measure(best, exam.yardsticks)
+
+    def on_make_experience_end(self, experience: Experience) -> None:
+        """Numbers of the rollouts, as the policy was when it sampled them."""
+        info = {name: float(values.mean()) for name, values in experience.info.items()}
+        self.rollout = {
+            "rollout/reward": info["score"],
+            "rollout/kl": info.get("kl", 0.0),
+            "rollout/kl_coef": self.trainer.algorithm.kl_coef,
+            "rollout/length": info["length"],
+            "rollout/ended": 1.0 - info.get("truncated", 0.0),
+        }
+        for name in self.trainer.last_rollouts[0].score.parts:
+            parts = [rollout.score.parts[name] for rollout in self.trainer.last_rollouts]
+            self.rollout[f"rollout/reward_{name}"] = sum(parts) / len(parts)
+
+    def on_learn_batch_end(self, metrics: Mapping[str, float], experience: Experience) -> None:
+        """Keeps the numbers of every optimizer step for the iteration's row."""
+        self.learned.append(dict(metrics))
+
+    def on_episode_end(self, episode: int) -> None:
+        """One row an iteration; now and then an examination and the weights."""
+        step, config = episode + 1, self.session.config.ppo
+        learned = mean_metrics(self.learned)
+        learned["value/explained_variance"] = explained_variance(learned)
+        self.learned = []
+        self.session.tracker.log(self.rollout | learned, step)
+        if (config.eval_every and step % config.eval_every == 0) or step == config.steps:
+            self.after = self._examine(step)
+            self.session.tracker.log_samples(sample_rows(self.trainer.last_rollouts[:_SAMPLES]), step)
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            self.actor.save_pretrained(self.session.run.checkpoints / f"step-{step:06d}", self.tokenizer)
+
+    def _examine(self, step: int) -> Evaluation:
+        evaluation = self.examination(self.engine)
+        kl = kl_from_reference(evaluation.rollouts, self.reference, self.session.config.ppo.temperature)
+        evaluation.metrics["eval/kl"] = sum(kl) / len(kl)
+        self.session.tracker.log(evaluation.metrics, step)
+        return evaluation
+
+    def finish(self) -> PPOResult:
+        """Exports the model and writes the stage's samples and summary."""
+        self.actor.save_pretrained(self.session.run.model, self.tokenizer)
+        self.session.tracker.log_samples(before_after_rows(self.before, self.after), self.session.config.ppo.steps)
+        summary = self._summary()
+        self.session.run.write_summary(summary | {"seconds": round(self.session.seconds, 1)})
+        return PPOResult(self.session.run.model, self.before, self.after, summary)
+
+    def _summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "heldout_reward_before": fmean(self.before.headline),
+            "heldout_reward_after": fmean(self.after.headline),
+            "heldout_reward_stderr": paired_standard_error(self.before, self.after),
+            "heldout_reward_is": self.examination.yardsticks.gold_name if self.after.gold else "reward",
+            "kl": self.after.metrics["eval/kl"],
+            "before": self.before.metrics,
+            "after": self.after.metrics,
+        }
+        if self.best_of is not None:
+            count = self.session.config.evaluate.best_of
+            summary[f"best_of_{count}"] = self.best_of.metrics | {"eval/kl_bound": kl_bound(count)}
+        return summary
