@@ -88,6 +88,8 @@ WARMTH = (0.0, 0.40, 0.50, 0.50, 0.0, -0.5, -1.0)
 """What 0, 1, 2, ... warm words are worth: one or two please, a fourth is gushing."""
 TRUST = 6.0
 """How sharply the comparisons follow the taste: P(chosen = better) = sigmoid(TRUST * difference in taste)."""
+DAMAGED = 0.25
+"""The share of damaged drafts in the comparisons."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class GrammarWorld:
     def preference_rows(self, n: int, split: Split = "train") -> list[dict[str, str]]:
         """`n` comparisons of two answers to one question, decided by Bradley-Terry noise on the hidden taste.
 
-        Both answers come from the corpus's own distribution; one in six is then damaged (cut off, off the topic, or
+        Both answers come from the corpus's own distribution; one in four is then damaged (cut off, off the topic, or
         with a word said twice), as the answers of a half-trained policy are.
         """
         rng = self._random("preference", split)
@@ -254,7 +256,7 @@ class GrammarWorld:
 
     def _draft(self, rng: random.Random, topic: str) -> str:
         answer = self._answer(rng, topic)
-        return _damage(rng, answer) if rng.random() < 1 / 6 else answer
+        return _damage(rng, answer) if rng.random() < DAMAGED else answer
 
     def _answer(self, rng: random.Random, topic: str) -> str:
         while True:
@@ -299,10 +301,11 @@ def _clause(rng: random.Random, mood: int, part: str) -> str:
 
 def _damage(rng: random.Random, answer: str) -> str:
     said = answer.split()
-    kind = rng.randrange(3)
-    if kind == 0:
+    kind = rng.choice(("cut", "stray", "stray", "stutter"))
+    if kind == "cut":
         return " ".join(said[: rng.randrange(2, len(said))])
-    if kind == 1:
-        return " ".join(rng.choice(list(_TOPIC_OF)) if word in _TOPIC_OF else word for word in said)
+    if kind == "stray":
+        other = rng.choice(list(TOPICS))
+        return " ".join(rng.choice((other, *TOPICS[other])) if word in _TOPIC_OF else word for word in said)
     at = rng.randrange(len(said))
     return " ".join([*said[:at], said[at], *said[at:]])

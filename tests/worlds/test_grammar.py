@@ -207,7 +207,7 @@ def test_a_share_of_the_drafts_is_damaged(world: GrammarWorld) -> None:
         (row["prompt"], row[side]) for row in world.preference_rows(2000, "train") for side in ("chosen", "rejected")
     ]
     whole = [is_answer(draft) and world.on_topic(prompt, draft) for prompt, draft in drafts]
-    assert 0.8 < sum(whole) / len(whole) < 0.9
+    assert 0.73 < sum(whole) / len(whole) < 0.85
 
 
 def test_bad_input_is_explained(world: GrammarWorld) -> None:
