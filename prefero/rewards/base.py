@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,7 +40,7 @@ def as_number(value: Any, reward: str, rollout: Rollout) -> float:
     number = value
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
         number = value.item()
-    if isinstance(number, Real) and abs(number) <= _LARGEST:  # false for NaN as well
+    if isinstance(number, (int, float)) and abs(number) <= _LARGEST:  # false for NaN as well
         return float(number)
     cure = {
         "NoneType": "return a number on every path of the function (a path without `return` gives None)",
