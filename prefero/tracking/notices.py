@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from prefero.tracking.history import History, Series, noise, smooth
-from prefero.tracking.names import short
+from prefero.tracking.names import section, short
 
 KL_BOUND = 10.0
 _MIN_POINTS = 4
@@ -54,7 +54,9 @@ def _over_optimisation(history: History, stage: str) -> Iterator[Notice]:
     golds, proxies = history.of_kind("gold", stage), history.of_kind("reward", stage)
     if not golds or not proxies:
         return
-    gold, proxy = golds[0], proxies[0]
+    gold = golds[0]
+    # Best compared on the same prompts; the samples of the rollouts serve where the reward was not evaluated.
+    proxy = next((one for one in proxies if section(one.name) == section(gold.name)), proxies[0])
     if len(gold.points()) < _MIN_POINTS or len(proxy.points()) < _MIN_POINTS:
         return
     steps, values, gold_noise = _trend(gold, _stderr(history, gold))

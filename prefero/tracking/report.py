@@ -38,6 +38,10 @@ _SECTION_TITLES = {
     "reward": "Reward model",
     "rollout": "Rollouts",
     "ppo": "PPO updates",
+    "policy": "Policy updates",
+    "actor": "Actor",
+    "value": "Value estimates",
+    "critic": "Critic",
     "eval": "Evaluation",
     "other": "Other",
 }

@@ -69,6 +69,12 @@ def test_over_optimisation_is_not_claimed(curves: dict[str, Curve]) -> None:
     assert titles(curves) == []
 
 
+def test_gold_is_compared_with_the_reward_on_the_same_prompts() -> None:
+    curves: dict[str, Curve] = {"rollout/reward": rising, "eval/gold": hill, "eval/reward": hill}
+    assert titles(curves) == []
+    assert titles(curves | {"rollout/reward": hill, "eval/reward": rising}) == [OVER]
+
+
 def test_noise_on_a_flat_gold_seldom_looks_like_a_fall() -> None:
     flat: dict[str, Curve] = {"rollout/reward": rising, "eval/gold": lambda x: 0.5}
     assert sum(OVER in titles(flat, 0.1, seed=seed) for seed in range(100)) <= 8
