@@ -112,3 +112,5 @@ class AutoRM(Family, RewardModel):
         load = LoadOptions(**options)
         model = self._network(AutoModelForSequenceClassification, pretrained, config, checkpoint, load, new_head=True)
         super().__init__(model, None, lora_rank, lora_train_bias, lora_alpha=load.lora_alpha)
+        if pretrained is not None:
+            self.restore_bias(pretrained)

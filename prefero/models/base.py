@@ -14,7 +14,7 @@ from prefero.functional import logprobs as lp
 from prefero.functional import masked
 from prefero.models.export import read_head_bias, save_folder, save_reward_folder
 from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
-from prefero.models.loading import load_reward_backbone, new_reward_head
+from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
 from prefero.models.lora import (
     adapters_disabled,
     apply_lora,
@@ -314,11 +314,15 @@ class RewardModel(LoRAModule):
         options: those of `loading.LoadOptions`.
         """
         model = RewardModel(load_reward_backbone(directory, **options))
-        bias = read_head_bias(directory)
-        if bias is not None:
-            assert isinstance(model.value_head, nn.Linear)
-            model.value_head.bias = nn.Parameter(bias.to(model.value_head.weight))
+        model.restore_bias(directory)
         return model
+
+    def restore_bias(self, directory: str | Path) -> None:
+        """Gives the head the bias that `save_pretrained` had to put beside the weights, if there is one."""
+        bias = read_head_bias(resolve(directory))
+        if bias is not None:
+            assert isinstance(self.value_head, nn.Linear)
+            self.value_head.bias = nn.Parameter(bias.to(self.value_head.weight))
 
 
 def check_num_actions(num_actions: int, sequences: Tensor) -> None:

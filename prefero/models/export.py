@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
-from prefero.models.loading import dtype_of
+from prefero.models.loading import dtype_of, quiet
 from prefero.models.lora import merged_state_dict
 
 BIAS_FILE = "reward_head_bias.safetensors"
@@ -90,6 +90,7 @@ def _write(
         # Ids only: sampling habits that a pretrained folder brought along can be inconsistent, and then forbid saving.
         ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         copy.generation_config = GenerationConfig(**ids)
-    copy.save_pretrained(directory)
+    with quiet():
+        copy.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

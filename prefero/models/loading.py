@@ -145,7 +145,8 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Transformers without its warnings and progress bars inside, as it was after."""
     # Missing weights are our own, stricter check; progress bars of two seconds only break the live output.
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
@@ -166,7 +167,7 @@ def load_config(name_or_path: str | Path, options: LoadOptions | None = None, **
     check_no_code(source, options.trust_remote_code)
     where = _where(source)
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(**where, trust_remote_code=options.trust_remote_code, **changes)
     except OSError as error:
         raise ValueError(_unknown(str(name_or_path))) from error
@@ -231,7 +232,7 @@ def _load_weights(
     if "gguf_file" not in where:
         where = {**where, "config": config}
     try:
-        with _quiet():
+        with quiet():
             model, info = auto_class.from_pretrained(**where, dtype=dtype, output_loading_info=True, **extra)
     except OSError as error:
         raise ValueError(_unknown(pretrained)) from error
@@ -280,7 +281,12 @@ def new_reward_head(config: Any) -> nn.Linear:
 
 def enable_checkpointing(model: Any) -> Any:
     """Gradient checkpointing: activations are computed twice instead of kept."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers renamed the method on its way to version 6.
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    if renamed is not None:
+        renamed(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -316,7 +322,7 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
     source = resolve(name_or_path)
     check_no_code(source, trust_remote_code)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(_unknown(str(name_or_path))) from error

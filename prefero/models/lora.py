@@ -103,12 +103,19 @@ def merged_state_dict(module: nn.Module, dtype: torch.dtype = torch.float32) -> 
         place = (tensor.data_ptr(), tensor.shape)
         if plain != name and name.endswith(".base_layer.weight"):
             layer = layers[name.removesuffix(".base_layer.weight")]
-            merged[plain] = (tensor.float() + layer.get_delta_weight(ADAPTER).float()).to(dtype)
+            merged[plain] = (tensor.float() + _update(layer)).to(dtype)
         elif place in shared and tensor.numel():
             merged[plain] = shared[place]
         else:
             merged[plain] = shared[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return merged
+
+
+def _update(layer: Any) -> Tensor:
+    """What the adapter adds to its layer's weight, in float32 whatever the adapter is kept in."""
+    update: Tensor = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+    update = update * layer.scaling[ADAPTER]
+    return update.t() if layer.fan_in_fan_out else update
 
 
 def plain_name(name: str) -> str | None:

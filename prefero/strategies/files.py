@@ -71,9 +71,10 @@ def read_object(path: Path, map_location: Any = None) -> Any:
     try:
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors and numbers, and may run code") from error
+        raise ValueError(f"{path} is refused: it holds more than tensors and numbers (code to run, perhaps)") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a torch file: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or not a torch file: {reason}") from error
 
 
 def _check_exists(path: Path) -> None:
