@@ -53,8 +53,9 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise BadRowError("nested too deeply") from error
     except json.JSONDecodeError as error:
-        end = " (the line looks cut short)" if error.pos >= len(text.rstrip()) else ""
-        raise BadRowError(f"not valid JSON: {error.msg} at column {error.colno}{end}") from error
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise BadRowError(f"not valid JSON: {what}{' (the line looks cut short)' if cut else ''}") from error
     except BadRowError:
         raise
     except ValueError as error:  # an integer of more digits than Python converts

@@ -22,6 +22,7 @@ class Facts:
     special: dict[str, int]
     pattern: re.Pattern[str]
     adds_space: bool
+    anchors: tuple[tuple[str, list[int]], ...]
 
 
 _FACTS: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Facts]] = weakref.WeakKeyDictionary()
@@ -29,8 +30,7 @@ _FACTS: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Facts]] = weakref.
 
 def facts(tokenizer: Any) -> Facts:
     """The tokenizer's facts, found once and again when its special tokens change."""
-    named = ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "add_bos_token", "add_eos_token")
-    key = (len(tokenizer), *(getattr(tokenizer, name, None) for name in named))
+    key = (len(tokenizer), *(getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "add_bos_token")))
     known = _FACTS.get(tokenizer)
     if known is None or known[0] != key:
         known = (key, _find_facts(tokenizer))
@@ -39,8 +39,9 @@ def facts(tokenizer: Any) -> Facts:
 
 
 def _find_facts(tokenizer: Any) -> Facts:
-    bare = _ids(tokenizer, "a")
-    framed = list(tokenizer("a", add_special_tokens=True).input_ids)
+    probe = _probe(tokenizer)
+    bare = _ids(tokenizer, probe)
+    framed = list(tokenizer(probe, add_special_tokens=True).input_ids)
     starts = [i for i in range(len(framed)) if bare and framed[i : i + len(bare)] == bare]
     if not bare and framed and framed[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id):
         starts = [1]
@@ -58,13 +59,24 @@ def _find_facts(tokenizer: Any) -> Facts:
     first = tokenizer.convert_ids_to_tokens(bare[:1])
     # unknown text is spelt <unk>, so people's words may yield that one
     special_ids = frozenset({*special.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+    adds_space = bool(first) and str(first[0]).startswith(("\u2581", "\u0120"))
     return Facts(
         prefix=tuple(prefix),
         special_ids=special_ids,
         special=special,
         pattern=re.compile("(" + "|".join(patterns) + ")" if patterns else r"((?!))"),
-        adds_space=bool(first) and str(first[0]).startswith(("\u2581", "\u0120")),
+        adds_space=adds_space,
+        anchors=tuple((anchor, _ids(tokenizer, anchor)) for anchor in _ANCHORS if adds_space),
     )
+
+
+def _probe(tokenizer: Any) -> str:
+    """A letter or word that the tokenizer can spell; a vocabulary of digits alone, without <unk>, fails on others."""
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.unk_token is not None or "a" in vocabulary or "\u0120a" in vocabulary:
+        return "a"
+    special = set(special_strings(tokenizer))
+    return str(tokenizer.decode([next(index for word, index in vocabulary.items() if word not in special)]))
 
 
 def frame(tokenizer: Any) -> tuple[tuple[int, ...], int]:
@@ -122,10 +134,11 @@ def encode_following(tokenizer: Any, text: str, encode: Callable[[str], list[int
 
     marker: the special token right before the text, if there is one; some tokenizers start a first word after it.
     """
-    if not text or not facts(tokenizer).adds_space:
+    known = facts(tokenizer)
+    if not text or not known.adds_space:
         return encode(text)
-    for anchor in (marker,) if marker else _ANCHORS:
-        before, whole = encode(anchor), encode(anchor + text)
+    for anchor, before in ((marker, encode(marker)),) if marker else known.anchors:
+        whole = encode(anchor + text)
         if whole[: len(before)] == before:
             return whole[len(before) :]
     return encode(text)
@@ -139,7 +152,7 @@ def encode_rendered(tokenizer: Any, text: str, guard: Guard) -> list[int]:
     """Ids of rendered text: the template's own markers are special, whatever hides behind stand-ins is not."""
     if not any(stand_in in text for stand_in in guard.stand_ins.values()):
         return _ids(tokenizer, text)
-    known = facts(tokenizer)
+    known, probe = facts(tokenizer), _probe(tokenizer)
     ids: list[int] = []
     marker = ""
     for piece in known.pattern.split(text):
@@ -148,6 +161,6 @@ def encode_rendered(tokenizer: Any, text: str, guard: Guard) -> list[int]:
             ids.append(known.special[marker])
         elif piece:
             # some tokenizers put their first-word space after a marker, some only at the very start: ask
-            fresh = not marker or _ids(tokenizer, marker + "a")[1:] == _ids(tokenizer, "a")
+            fresh = not marker or _ids(tokenizer, marker + probe)[1:] == _ids(tokenizer, probe)
             ids += (encode_plain if fresh else encode_continuation)(tokenizer, guard.show(piece))
     return ids

@@ -8,6 +8,7 @@ for padding.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -35,12 +36,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedComparison:
-    """Two whole sequences (prompt and answer), the preferred one first."""
+    """Two whole sequences (prompt and answer), the preferred one first; key is the same for the same prompt."""
 
     id: str
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     margin: float = 0.0
+    key: str = ""
 
 
 # --- prompts and completions ---------------------------------------------------------------------------------------
@@ -206,37 +208,38 @@ def encode_sft(
     """A demonstration or a conversation as an Example; chat: put text prompts through the chat template."""
     if isinstance(row, Conversation):
         return encode_conversation(tokenizer, row.messages, row.id, max_length=max_length, truncate=truncate)
-    return _encode_pair(tokenizer, row, row.completion, max_length, truncate, chat)
+    return _encode_answers(tokenizer, row, [row.completion], max_length, truncate, chat)[0]
 
 
 def encode_comparison(
     tokenizer: Any, row: Comparison, max_length: int | None = None, *, truncate: Truncate = "error", chat: bool = False
 ) -> EncodedComparison:
     """Both answers behind the prompt, as an EncodedComparison; arguments as `encode_sft`."""
-    chosen, rejected = (
-        _encode_pair(tokenizer, row, answer, max_length, truncate, chat).token_ids
-        for answer in (row.chosen, row.rejected)
-    )
+    answers = (row.chosen, row.rejected)
+    chosen, rejected = (e.token_ids for e in _encode_answers(tokenizer, row, answers, max_length, truncate, chat))
     if chosen == rejected and len(chosen) == max_length:
         raise TooLongError(f"{row.id}: the first {max_length} tokens of both answers are the same; raise max_length")
-    return EncodedComparison(row.id, chosen, rejected, row.margin)
+    key = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
+    return EncodedComparison(row.id, chosen, rejected, row.margin, key)
 
 
-def _encode_pair(
+def _encode_answers(
     tokenizer: Any,
     row: Demonstration | Comparison,
-    completion: str,
+    answers: Sequence[str],
     max_length: int | None,
     truncate: Truncate,
     chat: bool,
-) -> Example:
+) -> list[Example]:
+    """Each answer behind the row's prompt, which is tokenised once unless it is messages."""
     if chat or not isinstance(row.prompt, str):
-        messages = (*as_messages(row.prompt), {"role": "assistant", "content": completion})
-        return encode_conversation(tokenizer, messages, row.id, max_length=max_length, truncate=truncate)
+        asked = as_messages(row.prompt)
+        talks = [(*asked, {"role": "assistant", "content": answer}) for answer in answers]
+        return [encode_conversation(tokenizer, t, row.id, max_length=max_length, truncate=truncate) for t in talks]
     # without a prompt it is plain text to imitate: the whole of it is the completion
     nothing = Prompt(row.id, frame(tokenizer)[0], "")
     prompt = encode_prompt(tokenizer, row.prompt, row.id) if row.prompt else nothing
-    return encode_example(tokenizer, prompt, completion, max_length, truncate=truncate)
+    return [encode_example(tokenizer, prompt, answer, max_length, truncate=truncate) for answer in answers]
 
 
 def encode_prompts(

@@ -70,8 +70,8 @@ class RewardDataset(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
             ids = list(encode_sft(self.tokenizer, demonstration, room, truncate="left").token_ids)
         except TooLongError:
             whole = encode_sft(self.tokenizer, demonstration)
-            answer = whole.token_ids[whole.loss_mask.index(1) :]
-            ids = [*answer[: room - 1], answer[-1]]
+            spoken = whole.token_ids[whole.loss_mask.index(1) :]
+            ids = [*spoken[: room - 1], spoken[-1]]
         return ids[:-1] + self.end
 
 

@@ -314,7 +314,7 @@ def test_comparisons_share_their_prompt() -> None:
         prompt = encode_prompt(tokenizer, PROMPT, chat=chat).token_ids
         assert pair.chosen[: len(prompt)] == pair.rejected[: len(prompt)] == prompt
         assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id and pair.margin == 2.0
-        assert pair.chosen != pair.rejected
+        assert pair.chosen != pair.rejected and pair.key == PROMPT
     same_start = Comparison("r2", PROMPT, " the hotel is good", " the hotel is bad")
     size = len(encode_prompt(tokenizer, PROMPT).token_ids)
     with pytest.raises(TooLongError, match="both answers are the same"):
@@ -328,6 +328,13 @@ def test_rows_of_messages_go_through_the_template() -> None:
     two = encode_sft(tokenizer, Demonstration("r1", talk[:1], talk[1]["content"]))
     three = encode_sft(tokenizer, Demonstration("r1", talk[0]["content"], talk[1]["content"]), chat=True)
     assert one == two == three == encode_conversation(tokenizer, talk)
+
+
+def test_a_vocabulary_without_letters_or_unk() -> None:
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "1": 1, "2": 2}, unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert encode_example(tokenizer, encode_prompt(tokenizer, "1 2"), " 2").token_ids == (1, 2, 2, 0)
 
 
 def test_pad_ids() -> None:
