@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,20 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The same measures of several things, such as the policy before and after: a column each, a row a measure."""
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
 class Group:
-    """Charts under one heading."""
+    """Charts under one heading, each with its meaning, and metrics that were measured once."""
 
     title: str
-    charts: tuple[tuple[Chart, str], ...]
+    charts: list[tuple[Chart, str]] = field(default_factory=list)
+    single: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def render(run: RunFolder, *, kl_bound: float = KL_BOUND) -> str:
     notices = find_notices(history, summary, kl_bound) + notices
     versions = summary.pop("versions", {})
     pairs, hidden_pairs, sampled = _samples(run)
-    cards, details = _cards(summary)
+    comparison = _comparison(summary)
+    cards, details = _cards({key: value for key, value in summary.items() if key not in comparison.columns})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # for every template, whatever its name: jinja2's own default is no escaping at all
@@ -127,6 +137,7 @@ def render(run: RunFolder, *, kl_bound: float = KL_BOUND) -> str:
         name=run.name,
         cards=cards,
         details=details,
+        comparison=comparison,
         notices=notices,
         groups=_groups(history),
         slots=_slots(history),
@@ -187,6 +198,20 @@ def _cards(summary: Mapping[str, Any]) -> tuple[list[Card], list[tuple[str, str]
     return cards[:24], _settings(rest)
 
 
+def _comparison(summary: Mapping[str, Any]) -> Comparison:
+    """The parts of a summary that hold the same measures, side by side; nothing when fewer than two do."""
+    parts = {key: value for key, value in summary.items() if isinstance(value, dict) and value}
+    first = next(iter(parts.values()), {})
+    alike = {key: value for key, value in parts.items() if first.keys() & value.keys()}
+    names = list(dict.fromkeys(name for value in alike.values() for name in value))[:100]
+    if len(alike) < 2 or any(isinstance(item, dict | list) for value in alike.values() for item in value.values()):
+        return Comparison()
+    rows = (
+        (name, tuple(_optional(part.get(name)) or _value(part.get(name)) for part in alike.values())) for name in names
+    )
+    return Comparison(tuple(alike), tuple(rows))
+
+
 def _spread(summary: Mapping[str, Any], key: str) -> str:
     stderr = finite_number(summary.get(f"{key}_stderr"))
     return "" if stderr is None else f"± {_number(stderr)}"
@@ -217,18 +242,19 @@ def _slots(history: History) -> dict[str, int]:
 
 def _groups(history: History) -> list[Group]:
     """The key curves first, then every other metric by section."""
-    slots = _slots(history)
-    groups: dict[str, list[tuple[Chart, str]]] = {"": []}
+    slots, groups = _slots(history), {"": Group("Key curves")}
     for name in by_importance(history.series):
-        found = kind(name)
-        chart = draw(name, list(history.series[name].values()), slots, LARGE if found else SMALL)
-        if chart is None:
-            continue
-        groups.setdefault("" if found else section(name), []).append((chart, _MEANING[found] if found else ""))
+        found, by_stage = kind(name), history.series[name]
+        where = "" if found else section(name)
+        group = groups.setdefault(where, Group(_SECTION_TITLES.get(where, where)))
+        points = [point for series in by_stage.values() for point in series.points()]
+        if len(points) == 1 and not found:
+            group.single.append((name, _number(points[0][1])))
+        elif chart := draw(name, list(by_stage.values()), slots, LARGE if found else SMALL):
+            group.charts.append((chart, _MEANING[found] if found else ""))
     order = ["", *(name for name in _SECTION_TITLES if name in groups)]
     order += sorted(name for name in groups if name not in order)
-    titles = {"": "Key curves", **_SECTION_TITLES}
-    return [Group(titles.get(name, name), tuple(groups[name])) for name in order if groups[name]]
+    return [groups[name] for name in order if groups[name].charts or groups[name].single]
 
 
 def _stages(history: History) -> list[tuple[str, str, str, list[str]]]:

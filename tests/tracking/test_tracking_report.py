@@ -198,6 +198,31 @@ def test_shows_what_the_files_say(tmp_path: Path) -> None:
     assert len(page.all("svg")) == 4
 
 
+def test_what_was_measured_once_is_a_number_not_a_chart(tmp_path: Path) -> None:
+    run = made(
+        tmp_path / "run",
+        [{"step": 1, "sft/loss": 2.0, "sft/eval_loss": 1.5, "eval/gold": 1.0}, {"step": 2, "sft/loss": 1.0}],
+    )
+    add_samples(run, [{"prompt": "", "completion": ""}])
+    page = is_harmless(report(run))
+    assert "sft/eval_loss 1.5" in page.words
+    assert [(chart["aria-label"] or "").split()[0] for chart in page.all("svg")] == ["eval/gold", "sft/loss"]
+    assert page.words.count("(empty)") == 2
+
+
+def test_the_same_measures_stand_side_by_side(tmp_path: Path) -> None:
+    summary = {
+        "before": {"eval/gold": 0.125, "<b>": 1},
+        "after": {"eval/gold": 0.5},
+        "best_of_16": {"eval/gold": 0.25, "bound": 2},
+    }
+    page = is_harmless(report(made(tmp_path / "run", [], kl=1, **summary)))
+    assert "before after best of 16 eval/gold 0.125 0.5 0.25 <b> 1 – – bound – – 2" in page.words
+    assert "before.eval/gold" not in page.words
+    alone = is_harmless(report(made(tmp_path / "alone", [], before={"eval/gold": 0.125}, odd={"a": [1]})))
+    assert "before.eval/gold 0.125 odd.a 1" in alone.words
+
+
 def test_every_link_leads_somewhere_on_the_page(tmp_path: Path) -> None:
     run = made(tmp_path / "run", [{"step": 1, "a/x": 1.0}], {"a": 1}, kl=1.0)
     add_samples(run, [{"prompt": "p", "before": "b", "after": "a"}, {"prompt": "p", "completion": "c"}])
