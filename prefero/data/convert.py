@@ -17,10 +17,13 @@ def smollm2(raw: Path, out: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     (file,) = raw.glob("*.gguf")
+    logging.disable_progress_bar()  # two bars of half a minute, in a log one endless line
     tokenizer = AutoTokenizer.from_pretrained(str(raw), gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(str(raw), gguf_file=file.name, dtype=torch.float32)
+    logging.enable_progress_bar()
     unwanted = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
     config = LlamaConfig(**{key: value for key, value in read.config.to_dict().items() if key not in unwanted})
     model = LlamaForCausalLM(config)
