@@ -36,7 +36,7 @@ def inputs(ids, mask):
 def log_probs(policy, ids, mask, num_actions, temperature):
     """log p of the last `num_actions` tokens; the logits that predict token t stand at t - 1."""
     logits = policy(**inputs(ids, mask)).logits[:, -num_actions - 1 : -1] / temperature
-    return torch.log_softmax(logits.float(), -1).gather(2, ids[:, -num_actions:, None]).squeeze(2)
+    return torch.log_softmax(logits, -1).gather(2, ids[:, -num_actions:, None]).squeeze(2)
 
 
 class Critic(nn.Module):

@@ -141,10 +141,12 @@ class PPO(OnlineAlgorithm):
         mask = action_mask.bool()
         _refuse_bad_rows(mask, scores)
         with evaluating(self.actor, self.critic, self.reference):
+            values = self.critic(sequences, mask, attention_mask)
             if old_logprobs is None:
                 old_logprobs = self._logprobs(self.actor, sequences, mask, attention_mask)
             reference_logprobs = self._reference_logprobs(sequences, mask, attention_mask)
-            values = self.critic(sequences, mask, attention_mask).to(old_logprobs.dtype)
+        # A sampler's own may come with more digits than the models compute with.
+        old_logprobs = old_logprobs.to(values.dtype)
         old_logprobs = masked.fill(old_logprobs, mask)
         info = {"score": scores.to(old_logprobs.dtype), "length": mask.sum(1).to(old_logprobs.dtype)}
         if reference_logprobs is not None:

@@ -149,8 +149,9 @@ def freeze(model: Module) -> Module:
 
 
 def score_hidden(head: nn.Module, hidden: Tensor) -> Tensor:
-    """A one-output head in its own (normally full) precision: [..., D] -> [...] float32, also under autocast."""
+    """A one-output head in its own precision: [..., D] -> [...], at least float32, also under autocast."""
     parameter = next(head.parameters())
     with torch.autocast(hidden.device.type, enabled=False):
         scores: Tensor = head(hidden.to(parameter.dtype).contiguous())
-    return scores.squeeze(-1).float()
+    scores = scores.squeeze(-1)
+    return scores if scores.dtype == torch.float64 else scores.float()

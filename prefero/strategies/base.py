@@ -103,13 +103,13 @@ class Strategy(ABC):
         return self.setup_model(argument)
 
     def setup_dataloader(self, replay_buffer: Any, pin_memory: bool = False) -> DataLoader[Any]:
-        """Shuffled batches of a replay buffer; the last, smaller one is dropped unless it is the only one."""
+        """Shuffled batches of a replay buffer; the last one may be smaller: no row is left unlearned."""
         size = replay_buffer.sample_batch_size
         return DataLoader(
             replay_buffer,
             batch_size=size,
             shuffle=True,
-            drop_last=len(replay_buffer) >= size,
+            drop_last=False,
             pin_memory=pin_memory,
             collate_fn=replay_buffer.collate_fn,
         )

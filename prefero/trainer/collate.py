@@ -15,8 +15,8 @@ from prefero.types import Rollout
 class RolloutBatch:
     """B rollouts of S columns, the last A of them actions: prompts padded on the left, completions on the right.
 
-    sequences, attention_mask: [B, S]; action_mask: [B, A]; logprobs: [B, A] as the sampler gave them, None unless
-    it gave them for every row; ended: [B], true where the completion ended with EOS.
+    sequences, attention_mask: [B, S]; action_mask: [B, A]; logprobs: [B, A] as the sampler gave them (float64), None
+    unless it gave them for every row; ended: [B], true where the completion ended with EOS.
     """
 
     sequences: Tensor
@@ -42,19 +42,19 @@ def collate_rollouts(rollouts: Sequence[Rollout], device: torch.device | str = "
     num_actions = max(len(rollout.completion.token_ids) for rollout in rollouts)
     sequences = torch.zeros(num_rows, num_prompt + num_actions, dtype=torch.long)
     attention_mask = torch.zeros_like(sequences)
-    logprobs = torch.zeros(num_rows, num_actions)
+    logprobs = torch.zeros(num_rows, num_actions, dtype=torch.float64)
     for row, rollout in enumerate(rollouts):
         prompt, completion = rollout.prompt.token_ids, rollout.completion
         start, stop = num_prompt - len(prompt), num_prompt + len(completion.token_ids)
         sequences[row, start:stop] = torch.tensor([*prompt, *completion.token_ids])
         attention_mask[row, start:stop] = 1
         if len(completion.logprobs) == len(completion.token_ids):
-            logprobs[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+            logprobs[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs, dtype=torch.float64)
     known = all(len(rollout.completion.logprobs) == len(rollout.completion.token_ids) for rollout in rollouts)
     return RolloutBatch(
         sequences=sequences.to(device),
         attention_mask=attention_mask.to(device),
         action_mask=attention_mask[:, num_prompt:].bool().to(device),
-        logprobs=logprobs.to(device) if known else None,
+        logprobs=(logprobs.float() if torch.device(device).type == "mps" else logprobs).to(device) if known else None,
         ended=torch.tensor([rollout.completion.finish_reason == "stop" for rollout in rollouts], device=device),
     )

@@ -181,5 +181,5 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], key: s
 
 
 def test_a_penalty_without_reference_is_refused() -> None:
-    with pytest.raises(ValueError, match="kl_coef=0.1 needs a reference"):
+    with pytest.raises(ValueError, match=r"kl_coef=0\.1 needs a reference"):
         make(torch.zeros(2, 3), torch.zeros(2, 3), kl_coef=0.1)
