@@ -56,8 +56,9 @@ def update(
             if not bool(torch.isfinite(loss.value)):
                 learner.optimizer.zero_grad()
                 raise ValueError(
-                    f"the {learner.name} is {float(loss.value.detach())}: training cannot go on. Lower the learning rate, "
-                    "clip gradients (max_norm) or look for broken rows in the data; this model is as it was before the step"
+                    f"the {learner.name} is {float(loss.value.detach())}: training cannot go on. Lower the learning "
+                    "rate, clip gradients (max_norm) or look for broken rows in the data; this model is as it was "
+                    "before the step"
                 )
             strategy.backward(loss.value, learner.model, learner.optimizer)
             _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
