@@ -33,7 +33,7 @@ def test_a_llama_without_a_pad_token_gets_one() -> None:
     tokenizer.pad_token = None
     known = len(tokenizer)
     model = tiny_llama(known)
-    assert prepare_llama_tokenizer_and_embedding(tokenizer, model).pad_token == "[PAD]"
+    assert prepare_llama_tokenizer_and_embedding(tokenizer, model) is tokenizer
     assert tokenizer.pad_token_id == known == model.config.pad_token_id
     assert model.get_input_embeddings().weight.shape[0] == known + 1
     assert smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model) == 0
