@@ -252,6 +252,15 @@ def test_modes_gradients_and_hooks_are_left_as_they_were():
     assert len(first) == len(prompts())
 
 
+def test_no_graph_is_built_while_generating(llama):
+    grad = []
+    llama.register_forward_pre_hook(lambda module, args: grad.append(torch.is_grad_enabled()))
+    engine(llama).generate(prompts(), SamplingParams(3))
+    list(engine(llama).stream(prompts()[0], SamplingParams(3)))
+    assert grad
+    assert not any(grad)
+
+
 def test_dropout_is_off_while_generating():
     model = peaked(GPT2LMHeadModel(gpt2_config()))
     evaluated = engine(model).generate(prompts(), SamplingParams(8))
