@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prefero.functional import masked
+from prefero.functional import _checks, masked
 
 
 def cross_entropy(logprobs: Tensor, mask: Tensor, total: float | Tensor) -> Tensor:
@@ -14,4 +14,6 @@ def cross_entropy(logprobs: Tensor, mask: Tensor, total: float | Tensor) -> Tens
     update, so that the gradients of the parts add up to the gradient of the whole. Returns a scalar in nats per
     token; 0 when there are no tokens at all. ValueError for a total that is not positive or shapes that differ.
     """
+    if isinstance(total, int | float):
+        _checks.above("total", total, 0)
     return -masked.aggregate(logprobs, mask, how="token_mean", norm=total)

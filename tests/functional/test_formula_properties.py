@@ -123,6 +123,13 @@ def test_micro_batches_with_the_global_count_add_up(seed: int, how: str, size: i
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_cross_entropy_divides_by_the_tokens_of_the_whole_update() -> None:
+    lp, mask = tensor([-1.0, -2.0, -99.0]), tensor([1, 1, 0])
+    assert supervised.cross_entropy(lp, mask, 2) == 1.5
+    assert supervised.cross_entropy(lp, mask, 12) == 0.25
+    assert supervised.cross_entropy(lp, mask, torch.tensor(12)) == 0.25
+
+
 # ---------------------------------------------------------------- poison behind masks
 
 
@@ -588,7 +595,7 @@ REFUSALS: list[tuple[str, Callable[[], object]]] = [
     ("token_ids holds -100.*0..4", lambda: logprobs.token_logprobs(torch.zeros(2, 3, 5), IDS - 100)),
     ("token_ids holds 5.*0..4.*mask", lambda: logprobs.token_logprobs(torch.zeros(2, 3, 5), IDS + 5)),
     ("token_ids has dtype torch.float32", lambda: logprobs.token_logprobs(torch.zeros(2, 3, 5), IDS.float())),
-    ("norm=0 ", lambda: supervised.cross_entropy(X, X, 0)),
+    ("total=0 ", lambda: supervised.cross_entropy(X, X, 0)),
 ]
 
 
