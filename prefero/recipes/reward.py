@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prefero.algorithms.base import evaluating
 from prefero.data import EncodedComparison, Loader, collate_comparisons, encode_comparison, encode_rows, pad_id
 from prefero.models.auto import AutoRM
+from prefero.models.base import RewardModel
 from prefero.models.loading import load_tokenizer
+from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
 from prefero.recipes.sources import Split
 from prefero.trainer import RewardModelTrainer
@@ -43,9 +49,23 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     )
     metrics = trainer.fit()
     model.save_pretrained(session.run.model, tokenizer)
+    write_statistics(session.run.model, *score_statistics(model, comparisons(session, tokenizer, "heldout")))
     summary = {"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics}
     session.run.write_summary({**summary, "seconds": round(session.seconds, 1)})
     return session.run.model, metrics
+
+
+@torch.no_grad()
+def score_statistics(model: RewardModel, batches: Iterable[PreferenceBatch]) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of all texts compared.
+
+    Comparisons leave a reward's zero and unit open. With these two, a KL coefficient means the same for any reward
+    model (Ziegler et al., arXiv:1909.08593, normalise for the same reason).
+    """
+    device = next(model.parameters()).device
+    with evaluating(model):
+        scores = torch.cat([model(batch.token_ids.to(device), batch.attention_mask.to(device)) for batch in batches])
+    return float(scores.mean()), float(scores.std())
 
 
 def comparisons(session: Session, tokenizer: Any, split: Split) -> Loader[Any, PreferenceBatch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -52,6 +54,9 @@ def build_part(name: str, part: RewardPart, trained: Path | None, max_length: in
     )
 
 
+STATISTICS = "score_statistics.json"
+"""The file beside an exported reward model that says where its scores' zero and unit lie."""
+
 _RULES: dict[str, Callable[[str], Reward]] = {
     "contains": lambda words: Contains(tuple(words.split(","))),
     "ends_with_eos": lambda _: EndsWithEOS(),
@@ -73,8 +78,36 @@ def build_rule(part: str, text: str) -> Reward:
 
 
 def load_model_reward(folder: Path, max_length: int, batch_size: int, clamp: float = 0.0) -> ModelReward:
-    """A reward model with its own tokenizer, from the folder that the reward stage exported."""
+    """A reward model with its own tokenizer, from the folder that the reward stage exported.
+
+    Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
+    """
     model = RewardModel.from_pretrained(str(folder))
     model.requires_grad_(False)
     tokenizer = load_tokenizer(str(folder))
-    return ModelReward(model, tokenizer, batch_size=batch_size, max_length=max_length, clamp=clamp or None)
+    mean, std = read_statistics(folder)
+    return ModelReward(model, tokenizer, batch_size, max_length, shift=mean, scale=std, clamp=clamp or None)
+
+
+def write_statistics(folder: Path, mean: float, std: float) -> None:
+    """Keeps the mean and the standard deviation of a reward model's scores beside it."""
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ValueError(
+            f"the reward model's scores have mean {mean} and standard deviation {std}: it judges every text alike; "
+            "train longer, with another learning rate, or on more comparisons"
+        )
+    (folder / STATISTICS).write_text(json.dumps({"mean": mean, "std": std}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_statistics(folder: Path) -> tuple[float, float]:
+    """What `write_statistics` kept; (0, 1), the model's own scale, where there is nothing."""
+    file = folder / STATISTICS
+    if not file.is_file():
+        return 0.0, 1.0
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+        return float(numbers["mean"]), float(numbers["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} must hold the numbers `mean` and `std` ({error}); delete it to use raw scores"
+        ) from None

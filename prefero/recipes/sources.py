@@ -101,7 +101,7 @@ class MovieSources(Sources):
         return to_sft(Rows(movies.sft_rows(_MOVIE_SPLIT[split]), "rotten-tomatoes"))
 
     def preferences(self, split: Split) -> Sequence[Comparison]:
-        rows = movies.preference_rows("train", seed=self.seed) if split == "train" else movies.test_pairs()
+        rows = movies.preference_rows("train", seed=self.seed) if split == "train" else movies.held_out_pairs()
         return to_preferences(Rows(rows, "rotten-tomatoes"))
 
     def prompts(self, split: Split) -> Sequence[PromptRow]:
