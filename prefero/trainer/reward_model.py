@@ -18,6 +18,11 @@ from prefero.trainer.offline import OfflineTrainer, Schedule, optimizer_steps_mo
 from prefero.trainer.update import Learner, split_preferences
 from prefero.types import Metrics, PreferenceBatch
 
+_WANTED = (
+    "comparisons must come as PreferenceBatch objects, or as a dataset of rows (chosen ids, chosen mask, rejected ids, "
+    "rejected mask); got {}"
+)
+
 
 class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
     """Teaches a reward model which of two texts is preferred.
@@ -74,10 +79,7 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
 
     def _prepared(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):
-            raise ValueError(
-                f"a batch of comparisons must be a PreferenceBatch, got {type(batch).__name__}: give such batches, "
-                "or a dataset of (chosen ids, chosen mask, rejected ids, rejected mask)"
-            )
+            raise ValueError(_WANTED.format(type(batch).__name__))
         if not len(batch):
             raise ValueError("a batch of comparisons is empty: leave it out")
         return PreferenceBatch(*(tensor.to(self.device) for tensor in (
@@ -108,4 +110,6 @@ def _loader(data: Any, batch_size: int, shuffle: bool) -> Iterable[Any]:
         raise ValueError("the dataset of comparisons is empty: there is nothing to learn from")
     if isinstance(data[0], PreferenceBatch):
         return data  # type: ignore[no-any-return]
+    if not isinstance(data[0], (tuple, list)) or len(data[0]) != 4:
+        raise ValueError(_WANTED.format(type(data[0]).__name__))
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_pairs)
