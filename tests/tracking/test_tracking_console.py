@@ -101,7 +101,7 @@ def test_live_display_shows_progress_and_keeps_a_line_a_stage() -> None:
     for stage in ("sft", "ppo"):
         tracker.start(stage, 10)
         for step in range(1, 11):
-            tracker.log({f"{stage}/loss": 1 / step}, step)
+            tracker.log({f"{stage}/loss": 1 / step, f"{stage}/[bold]x": 1.0}, step)
         tracker.log_samples([{"prompt": "[red]p", "completion": "\x1b]0;evil\x07c"}], 10)
         assert tracker._display is not None
         tracker._display._live.refresh()
@@ -110,6 +110,7 @@ def test_live_display_shows_progress_and_keeps_a_line_a_stage() -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     assert "10/10" in plain
     assert "[red]p → c" in plain
+    assert "  loss 0.1  [bold]x 1\n" in plain
     assert plain.count("sft done: step 10  loss 0.1") == 1
     assert plain.count("ppo done: step 10  loss 0.1") == 1
     assert commands(output) == []
