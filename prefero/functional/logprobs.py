@@ -55,12 +55,13 @@ def selected(
     temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of given tokens from hidden states, holding at most `chunk_size` rows of logits at a time.
 
     hidden: [..., D], already aligned: hidden[..., j, :] predicts token_ids[..., j]; head_weight: [V, D]; head_bias:
     [V] or None; token_ids: [...]. Returns (logprobs, entropy), both [...] in nats; entropy is None unless
-    `with_entropy`. Equal to log_softmax((hidden @ head_weight.T + head_bias) / temperature) with logits in float32
+    `with_entropy`, and without `entropy_gradient` a constant (cheaper where it is only reported). Equal to log_softmax((hidden @ head_weight.T + head_bias) / temperature) with logits in float32
     even where hidden or head are half precision, autocast included; differentiable (once) in hidden, head_weight and
     head_bias. A frozen head costs no second pass over the vocabulary in backward. ValueError for ids outside the
     vocabulary, a temperature or chunk_size that is not positive, or shapes that do not fit.
@@ -81,7 +82,8 @@ def selected(
     _checks.token_ids_within(token_ids, head_weight.shape[0])
     # A sliced (strided) input to the head's product can be many times slower than a contiguous one.
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    settings = _Settings(float(temperature), int(chunk_size), with_entropy, torch.is_grad_enabled())
+    learns_entropy = with_entropy and entropy_gradient
+    settings = _Settings(float(temperature), int(chunk_size), with_entropy, torch.is_grad_enabled(), learns_entropy)
     logprobs, entropies = _FromHidden.apply(  # type: ignore[no-untyped-call]
         rows, head_weight, head_bias, token_ids.reshape(-1).long(), settings
     )
@@ -94,6 +96,7 @@ class _Settings(NamedTuple):
     chunk_size: int
     with_entropy: bool
     grad_enabled: bool
+    learns_entropy: bool
 
 
 class _Rows(NamedTuple):
@@ -160,7 +163,7 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 def _from_logits(
     logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    settings = _Settings(float(temperature), CHUNK_SIZE, with_entropy, torch.is_grad_enabled())
+    settings = _Settings(float(temperature), CHUNK_SIZE, with_entropy, torch.is_grad_enabled(), with_entropy)
     rows = logits.reshape(-1, logits.shape[-1])
     logprobs, entropies = _FromLogits.apply(rows, targets.reshape(-1), settings)  # type: ignore[no-untyped-call]
     shape = targets.shape
@@ -239,6 +242,8 @@ class _FromHidden(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.hidden_dtype = hidden.dtype
         ctx.save_for_backward(*((ahead_slopes,) if ahead else (hidden, weight, bias, token_ids, *rows)))
+        if not settings.learns_entropy:
+            ctx.mark_non_differentiable(rows.entropy)
         return rows.logprobs, rows.entropy
 
     @staticmethod
@@ -246,14 +251,14 @@ class _FromHidden(torch.autograd.Function):
         """[1 or 2, n, D]: how the log-probabilities (and the entropies) change with the hidden states."""
         ones = torch.ones_like(rows.normaliser)
         slopes = [head.pull_back(_slope(scores, token_ids, rows, ones, None))]
-        if settings.with_entropy:
+        if settings.learns_entropy:
             slopes.append(head.pull_back(_slope(scores, token_ids, rows, None, ones)))
         return torch.stack(slopes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, wanted: Tensor | None, spread: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.settings.with_entropy:
+        if not ctx.settings.learns_entropy:
             spread = None
         return _FromHidden.prepared(ctx, wanted, spread) if ctx.ahead else _FromHidden.again(ctx, wanted, spread)
 

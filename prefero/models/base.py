@@ -97,6 +97,7 @@ class Actor(LoRAModule):
     ) -> Any:
         """Log-probabilities [B, A] of the last `num_actions` tokens; with return_entropy, also the entropies [B, A].
 
+        Entropies are for the log: they carry no gradient.
         sequences, attention_mask: [B, S]; without a mask every token is real. Logits are divided by `temperature`
         before the softmax, so what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
         """
@@ -111,11 +112,12 @@ class Actor(LoRAModule):
                 sequences[:, -num_actions:],
                 temperature,
                 with_entropy=return_entropy,
+                entropy_gradient=False,
             )
         else:
             logits = self.model(**model_inputs(self.model, sequences, attention_mask)).logits[:, -num_actions - 1 :]
             logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
-            entropy = lp.entropy(logits[:, :-1], temperature) if return_entropy else None
+            entropy = lp.entropy(logits[:, :-1].detach(), temperature) if return_entropy else None
         return (logprobs, entropy) if return_entropy else logprobs
 
     def _head_is_plain(self) -> bool:

@@ -239,17 +239,18 @@ def _load_weights(
     except RuntimeError as error:
         raise ValueError(f"model {pretrained!r} cannot be loaded as {auto_class.__name__}: {error}") from error
     if "gguf_file" in where:
-        return _clean_copy(model), set()
+        return _clean_copy(model, config.num_hidden_layers), set()
     return model, set(info["missing_keys"])
 
 
-def _clean_copy(model: Any) -> Any:
+def _clean_copy(model: Any, num_layers: int) -> Any:
     # A GGUF file is read into ordinary weights but flagged as quantised, which forbids saving and fine-tuning.
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
         config.pop(key, None)
-    copy = type(model)(type(model.config)(**config)).to(model.dtype)
-    copy.load_state_dict(model.state_dict())
+    copy = type(model)(keep_layers(type(model.config)(**config), num_layers)).to(model.dtype)
+    state = model.state_dict()
+    copy.load_state_dict({name: state[name] for name in copy.state_dict()})
     return copy
 
 

@@ -258,3 +258,17 @@ def test_refusals(message: str, changes: dict[str, Any]) -> None:
     call = {"hidden": hidden, "weight": weight, "bias": bias, "ids": ids, "temperature": 1.0, "chunk_size": 4} | changes
     with pytest.raises(ValueError, match=message):
         logprobs.selected(*call.values())
+
+
+def test_an_entropy_that_is_only_reported_has_the_same_value_and_no_gradient() -> None:
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    token_ids = torch.tensor([0, 6, 3, 2, 5])
+    hidden.requires_grad_()
+    chosen, learned = logprobs.selected(hidden, weight, None, token_ids, with_entropy=True)
+    (expected,) = torch.autograd.grad(chosen.sum(), hidden)
+    chosen, reported = logprobs.selected(hidden, weight, None, token_ids, with_entropy=True, entropy_gradient=False)
+    assert reported is not None and learned is not None
+    assert not reported.requires_grad
+    assert torch.equal(reported, learned.detach())
+    (gradient,) = torch.autograd.grad(chosen.sum(), hidden)
+    torch.testing.assert_close(gradient, expected)
