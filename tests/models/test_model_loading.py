@@ -78,6 +78,40 @@ def test_options_of_load_causal_lm(folder: Path) -> None:
         load_causal_lm(folder, dtype="fp12")
 
 
+@pytest.fixture
+def gguf_file(folder: Path) -> Path:
+    """The folder's model as a GGUF file of float32 tensors."""
+    gguf = pytest.importorskip("gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    for key, value in {"block_count": 2, "context_length": 128, "embedding_length": 32, "feed_forward_length": 64,
+                       "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 32,
+                       "rope.dimension_count": 8}.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32("llama.rope.freq_base", 10000.0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "tiny.gguf"
+
+
+def test_gguf_files_become_ordinary_models(gguf_file: Path, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    actor = AutoActor(gguf_file)
+    torch.testing.assert_close(actor.model(tokens()).logits, theirs(tokens()).logits)
+    actor.save_pretrained(tmp_path / "out")
+    assert torch.equal(AutoActor(tmp_path / "out")(tokens(), 4), actor(tokens(), 4))
+    critic = AutoActor(gguf_file, num_layers=1)
+    assert len(critic.model.model.layers) == critic.model.config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match="unknown model"):
+        load_causal_lm(gguf_file.parent / "none.gguf")
+
+
 def test_fetched_names_live_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFERO_CACHE", str(folder.parent / "cache"))
     with pytest.raises(ValueError, match=r"run `prefero fetch smollm2`"):
