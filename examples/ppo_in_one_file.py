@@ -54,12 +54,12 @@ class Critic(nn.Module):
 
 def gae(rewards, values, mask, gamma, lam):
     """A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t; nothing comes after the last token."""
-    advantages, after, value_after = torch.zeros_like(values), 0.0, 0.0
+    advantages, after, value_after = torch.zeros_like(values), 0 * values[:, 0], 0 * values[:, 0]
     for t in reversed(range(values.shape[1])):
         here = rewards[:, t] + gamma * value_after - values[:, t] + gamma * lam * after
-        after = torch.where(mask[:, t], here, after if t < values.shape[1] - 1 else torch.zeros_like(here))
-        value_after = torch.where(mask[:, t], values[:, t], value_after if t < values.shape[1] - 1 else 0 * here)
-        advantages[:, t] = torch.where(mask[:, t], after, 0.0)
+        after = torch.where(mask[:, t], here, after)
+        value_after = torch.where(mask[:, t], values[:, t], value_after)
+        advantages[:, t] = torch.where(mask[:, t], here, 0.0)
     return advantages
 
 

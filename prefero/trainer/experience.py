@@ -28,7 +28,7 @@ class ExperienceMaker(ABC):
         self,
         actor: Actor,
         critic: Critic,
-        reward_model: nn.Module,
+        reward_model: Any,
         initial_model: Actor | None,
         kl_coef: float = 0.1,
     ) -> None:
@@ -122,10 +122,9 @@ class EngineExperienceMaker(ExperienceMaker):
         num_samples: int = 1,
         batch_size: int | None = None,
     ) -> None:
+        super().__init__(algorithm.actor, algorithm.critic, reward_model, algorithm.reference, algorithm.kl_coef)
         self.algorithm = algorithm
         self.engine = engine
-        self.reward_model = reward_model  # type: ignore[assignment]
-        self.actor, self.critic, self.initial_model = algorithm.actor, algorithm.critic, algorithm.reference
         self.sampling = sampling
         self.num_samples = num_samples
         self.batch_size = batch_size
