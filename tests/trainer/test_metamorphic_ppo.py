@@ -41,7 +41,7 @@ def loss_gradients(ppo: PPO, batch: Experience) -> tuple[list[float], dict[str, 
     values = []
     for loss in ppo.losses(batch, total, ppo.whitening([batch])):
         loss.value.backward()
-        values.append(float(loss.value.detach()))
+        values.extend([float(loss.value.detach()), *(float(number) for number in loss.metrics.values())])
     both = nn.ModuleList([ppo.actor, ppo.critic])
     found = gradients(both)
     both.zero_grad()
