@@ -182,12 +182,11 @@ def _where(source: str) -> dict[str, str]:
 
 
 def keep_layers(config: Any, num_layers: int | None) -> Any:
-    """A copy of `config` with its first `num_layers` layers only; None keeps all."""
+    """`config` itself, changed to its first `num_layers` layers; None keeps all."""
     if num_layers is None:
         return config
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise ValueError(f"num_layers={num_layers}: the model has {config.num_hidden_layers}, choose 1 to that")
-    config = deepcopy(config)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:num_layers]

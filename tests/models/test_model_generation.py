@@ -1,5 +1,7 @@
 """Generation: left-padded equals alone, greedy and beam equal transformers, masks are told by position."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -132,10 +134,12 @@ def test_without_a_mask_only_the_leading_run_of_pads_is_padding() -> None:
 def test_generation_uses_the_cache_in_training_mode_and_restores_that_mode() -> None:
     from prefero.models.llama import LlamaActor
 
-    actor = LlamaActor(config=llama_config(), checkpoint=True).train()
+    actor = loud(LlamaActor(config=llama_config(attention_dropout=0.5), checkpoint=True, dropout=True)).train()
+    settings = {"max_length": 14, "eos_token_id": 31, "pad_token_id": 0, "do_sample": False}
+    expected = deepcopy(actor).eval().generate(tokens(), **settings)[0]
     widths: list[int] = []
     actor.model.model.embed_tokens.register_forward_hook(lambda _m, inputs, _o: widths.append(inputs[0].shape[1]))
-    actor.generate(tokens(), max_length=14, eos_token_id=31, pad_token_id=0)
+    assert torch.equal(actor.generate(tokens(), **settings)[0], expected)
     assert widths[0] == 9
     assert set(widths[1:]) == {1}
     assert all(module.training for module in actor.modules())
