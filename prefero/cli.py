@@ -102,7 +102,7 @@ def _add_use_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the context leaves")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 picks the likeliest token")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: no limit")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")

@@ -61,10 +61,11 @@ def selected(
 
     hidden: [..., D], already aligned: hidden[..., j, :] predicts token_ids[..., j]; head_weight: [V, D]; head_bias:
     [V] or None; token_ids: [...]. Returns (logprobs, entropy), both [...] in nats; entropy is None unless
-    `with_entropy`, and without `entropy_gradient` a constant (cheaper where it is only reported). Equal to log_softmax((hidden @ head_weight.T + head_bias) / temperature) with logits in float32
-    even where hidden or head are half precision, autocast included; differentiable (once) in hidden, head_weight and
-    head_bias. A frozen head costs no second pass over the vocabulary in backward. ValueError for ids outside the
-    vocabulary, a temperature or chunk_size that is not positive, or shapes that do not fit.
+    `with_entropy`, and carries no gradient without `entropy_gradient` (cheaper where it is only reported).
+    Equal to log_softmax((hidden @ head_weight.T + head_bias) / temperature) with logits in float32 even where hidden
+    or head are half precision, autocast included; differentiable (once) in hidden, head_weight and head_bias. A frozen
+    head costs no second pass over the vocabulary in backward. ValueError for ids outside the vocabulary, a
+    temperature or chunk_size that is not positive, or shapes that do not fit.
     """
     _checks.above("temperature", temperature, 0.0)
     _checks.at_least("chunk_size", chunk_size, 1)

@@ -43,10 +43,14 @@ def load_for_use(name: str, trust_remote_code: bool = False) -> tuple[Actor, Pre
     return actor.requires_grad_(False), tokenizer
 
 
-def sampling(args: Namespace) -> SamplingParams:
-    """The sampling flags as parameters; temperature 0 means greedy."""
+_MAX_NEW_TOKENS = 128
+
+
+def sampling(args: Namespace, context: int | None, prompt_length: int) -> SamplingParams:
+    """The sampling flags as parameters; temperature 0 means greedy, no maximum means what the context leaves."""
+    room = _MAX_NEW_TOKENS if context is None else max(1, min(_MAX_NEW_TOKENS, context - prompt_length))
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens or room,
         temperature=args.temperature or 1.0,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -59,9 +63,9 @@ def generate(args: Namespace) -> None:
     """`prefero generate`: completions of prompts from the command line, a file or standard input."""
     if args.num_samples < 1:
         raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
-    params = sampling(args)
     actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, id) for id, text in _texts(args)]
+    params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     completions = HFEngine(actor, tokenizer).generate(repeated, params)
     rows = [
@@ -99,7 +103,7 @@ def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
 def chat(args: Namespace) -> None:
     """`prefero chat`: a conversation in the terminal; models without a chat template continue each line on its own."""
     actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
-    engine, params = HFEngine(actor, tokenizer), sampling(args)
+    engine, context = HFEngine(actor, tokenizer), _context(actor)
     templated = bool(tokenizer.chat_template)
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system and templated else []
     note = "" if templated else " This model has no chat template: every line is continued on its own."
@@ -111,18 +115,19 @@ def chat(args: Namespace) -> None:
         messages.append({"role": "user", "content": line})
         question: str | Sequence[Message] = messages if templated else line
         try:
-            prompt = encode_prompt(tokenizer, question, f"turn {turn}", max_length=_room(actor, params.max_new_tokens))
+            prompt = encode_prompt(tokenizer, question, f"turn {turn}", max_length=context and context - 1)
         except ValueError as error:
             messages.pop()
             print(f"({error}; /new starts over)", file=sys.stderr)
             continue
-        answer = _say(engine, prompt, params)
+        answer = _say(engine, prompt, sampling(args, context, len(prompt.token_ids)))
         messages.append({"role": "assistant", "content": answer})
 
 
-def _room(actor: Actor, max_new_tokens: int) -> int | None:
+def _context(actor: Actor) -> int | None:
+    """The most tokens the model takes at once, where it says so."""
     context = getattr(actor.model.config, "max_position_embeddings", None)
-    return None if context is None else int(context) - max_new_tokens
+    return None if context is None else int(context)
 
 
 def _lines() -> Iterator[str]:

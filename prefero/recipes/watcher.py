@@ -103,6 +103,7 @@ class Watcher(Callback):
         """One row an iteration; now and then an examination and the weights."""
         step, config = episode + 1, self.session.config.ppo
         learned = mean_metrics(self.learned)
+        learned["policy/loss"], learned["value/loss"] = learned.pop("actor_loss"), learned.pop("critic_loss")
         learned["value/explained_variance"] = explained_variance(learned)
         self.learned = []
         self.session.tracker.log(self.rollout | learned, step)
