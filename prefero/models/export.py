@@ -31,7 +31,7 @@ def save_folder(
     state = merged_state_dict(model, wanted)
     with torch.device("meta"):
         copy = type(model)(deepcopy(model.config))
-    _write(copy, state, directory, tokenizer, wanted, getattr(model, "generation_config", None))
+    _write(copy, state, directory, tokenizer, getattr(model, "generation_config", None))
 
 
 def save_reward_folder(
@@ -62,7 +62,7 @@ def save_reward_folder(
         raise ValueError(f"transformers' {type(copy).__name__} has no linear `score` head to hold this reward model")
     state = {f"{copy.base_model_prefix}.{name}": t for name, t in merged_state_dict(trunk, wanted).items()}
     state["score.weight"] = head.weight.detach().to(wanted)
-    _write(copy, state, directory, tokenizer, wanted, None)
+    _write(copy, state, directory, tokenizer, None)
     bias = Path(directory) / BIAS_FILE
     bias.unlink(missing_ok=True)
     if head.bias is not None and bool(head.bias.detach().ne(0).any()):
@@ -80,12 +80,10 @@ def _write(
     state: dict[str, Tensor],
     directory: str | Path,
     tokenizer: Any,
-    dtype: torch.dtype,
     generation: Any,
 ) -> None:
     copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in state.items()}, strict=True, assign=True)
     copy.tie_weights()
-    copy.config.dtype = dtype
     if generation is not None:
         # Ids only: sampling habits that a pretrained folder brought along can be inconsistent, and then forbid saving.
         ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -192,6 +192,15 @@ def test_an_actors_file_is_a_plain_float32_hugging_face_state(strategy: NaiveStr
         torch.testing.assert_close(Actor(plain)(tokens(), 4), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_any_module_can_be_stored_in_float32(strategy: NaiveStrategy, tmp_path: Path) -> None:
+    module = nn.Linear(3, 2).bfloat16()
+    strategy.save_model(module, tmp_path / "m.pt")
+    assert {t.dtype for t in torch.load(tmp_path / "m.pt", weights_only=True).values()} == {torch.float32}
+    fresh = nn.Linear(3, 2)
+    strategy.load_model(fresh, tmp_path / "m.pt")
+    assert torch.equal(fresh.weight, module.weight.float())
+
+
 @pytest.mark.parametrize("kind", [Actor, Critic, RewardModel])
 def test_saving_with_adapters_does_not_end_the_training(
     strategy: NaiveStrategy, kind: type[Actor | Critic | RewardModel], tmp_path: Path
