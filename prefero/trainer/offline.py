@@ -7,7 +7,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prefero.algorithms.base import Algorithm, evaluating, learning_mode
@@ -173,10 +172,3 @@ def require_lora(model: nn.Module, use_lora: int) -> None:
     """Refuses `use_lora` for a model that was built without LoRA."""
     if use_lora > 0 and not any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError(f"use_lora={use_lora} but the model has no LoRA layers: build it with lora_rank={use_lora}")
-
-
-def optimizer_steps_model(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuses an optimizer that holds none of the model's parameters."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters()):
-        raise ValueError("the optimizer holds no parameter of the model: build it from model.parameters()")

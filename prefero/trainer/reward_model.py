@@ -14,7 +14,7 @@ from prefero.algorithms.reward_modeling import PairLoss, RewardModeling
 from prefero.rollout.buffer import zero_pad_sequences
 from prefero.strategies.base import Strategy
 from prefero.tracking.base import Tracker
-from prefero.trainer.offline import OfflineTrainer, Schedule, optimizer_steps_model, require_lora
+from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora
 from prefero.trainer.update import Learner, split_preferences
 from prefero.types import Metrics, PreferenceBatch
 
@@ -54,7 +54,6 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         tracker: Tracker | None = None,
         eval_interval: int | None = None,
     ) -> None:
-        optimizer_steps_model(model, optim)
         eval_sets = {
             name: _loader(data, batch_size, shuffle=False)
             for name, data in (("eval", eval_dataset), ("valid", valid_dataset)) if data is not None

@@ -16,7 +16,7 @@ from prefero.models.base import Actor
 from prefero.rollout.buffer import zero_pad_sequences
 from prefero.strategies.base import Strategy
 from prefero.tracking.base import Tracker
-from prefero.trainer.offline import OfflineTrainer, Schedule, optimizer_steps_model, require_lora
+from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora
 from prefero.trainer.update import Learner, split_tokens
 from prefero.types import Metrics, TokenBatch
 
@@ -51,7 +51,6 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         tracker: Tracker | None = None,
         eval_interval: int | None = None,
     ) -> None:
-        optimizer_steps_model(model, optim)
         self.sampler = sampler
         eval_sets = {} if eval_dataloader is None else {"eval": _loader(eval_dataloader, batch_size, shuffle=False)}
         super().__init__(

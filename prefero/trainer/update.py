@@ -19,12 +19,23 @@ BatchT = TypeVar("BatchT")
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with its optimizer, and the name its loss is reported under."""
+    """A model with its optimizer, and the name its loss is reported under.
+
+    Raises ValueError for an optimizer that holds no parameter of the model: its steps would change nothing.
+    """
 
     role: str
     name: str
     model: nn.Module
     optimizer: Optimizer
+
+    def __post_init__(self) -> None:
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in self.model.parameters()):
+            raise ValueError(
+                f"the optimizer given for the {self.role} holds no parameter of it: build it from the {self.role}'s "
+                "parameters()"
+            )
 
 
 def update(

@@ -233,6 +233,13 @@ def test_contradictions_about_the_engine_are_refused(changes: dict[str, Any], me
         trainer(ppo, engine=HFEngine(ppo.actor, tiny_tokenizer()), **changes)
 
 
+def test_exchanged_optimizers_are_refused() -> None:
+    policy, values = actor(), critic()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (values, policy)]
+    with pytest.raises(ValueError, match="optimizer given for the actor"):
+        PPOTrainer(NaiveStrategy("cpu"), policy, values, CountsToken(5), actor(5), *optimizers)
+
+
 def test_the_actor_cannot_be_its_own_frozen_reference() -> None:
     ppo = algorithm()
     with pytest.raises(ValueError, match="deepcopy"):
