@@ -111,6 +111,7 @@ def test_precision() -> None:
     with strategy.autocast():
         for output in (actor(tokens(), 4), critic(tokens(), 4), reward(tokens())):
             assert output.dtype == torch.float32
+            assert not torch.equal(output, output.bfloat16().float()), "the head itself is not in half precision"
         half = actor(tokens(), 4)
     torch.testing.assert_close(half, actor(tokens(), 4), atol=0.02, rtol=0)
     with pytest.raises(ValueError, match="precision='fp8'"):
