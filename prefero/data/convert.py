@@ -24,7 +24,14 @@ def smollm2(raw: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(raw), gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(str(raw), gguf_file=file.name, dtype=torch.float32)
     logging.enable_progress_bar()
-    unwanted = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
+    unwanted = {
+        "quantization_config",
+        "_name_or_path",
+        "_model_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+    }
     config = LlamaConfig(**{key: value for key, value in read.config.to_dict().items() if key not in unwanted})
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
