@@ -25,6 +25,7 @@ from prefero.data.tokenize import (
     encode_prompts,
     encode_rows,
     encode_sft,
+    keep_end,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "encode_rows",
     "encode_sft",
     "frame",
+    "keep_end",
     "left_pad",
     "pad_id",
     "read_rows",

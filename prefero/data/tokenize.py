@@ -211,6 +211,17 @@ def encode_sft(
     return _encode_answers(tokenizer, row, [row.completion], max_length, truncate, chat)[0]
 
 
+def keep_end(tokenizer: Any, token_ids: Sequence[int], max_length: int) -> tuple[int, ...]:
+    """At most max_length ids: the BOS, if the tokenizer uses one, and the last of the rest.
+
+    The way a text to be judged is cut: how it ends decides what it is worth.
+    """
+    if len(token_ids) <= max_length:
+        return tuple(token_ids)
+    prefix, _ = frame(tokenizer)
+    return (*prefix, *token_ids[len(token_ids) - (max_length - len(prefix)) :])
+
+
 def encode_comparison(
     tokenizer: Any, row: Comparison, max_length: int | None = None, *, truncate: Truncate = "error", chat: bool = False
 ) -> EncodedComparison:

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from prefero.algorithms.base import evaluating
-from prefero.data import EncodedComparison, Loader, collate_comparisons, encode_comparison, encode_rows, pad_id
+from prefero.data import (
+    Comparison,
+    Demonstration,
+    EncodedComparison,
+    Loader,
+    collate_comparisons,
+    encode_sft,
+    keep_end,
+    pad_id,
+)
 from prefero.models.auto import AutoRM
 from prefero.models.base import RewardModel
 from prefero.models.loading import load_tokenizer
@@ -77,14 +86,26 @@ def comparisons(session: Session, tokenizer: Any, split: Split) -> Loader[Any, P
         rows = rows[:limit]
     group_by = session.sources.group_by
 
-    def encode(row: Any) -> tuple[str, EncodedComparison]:
-        # The end of a text decides what it is worth, so a text too long loses its beginning.
-        encoded = encode_comparison(tokenizer, row, settings.max_length, truncate="left", chat=config.data.chat)
-        return str(row.columns.get(group_by, row.prompt)), encoded
+    known: dict[tuple[str, str], tuple[int, ...]] = {}
 
+    def read(row: Comparison, answer: str) -> tuple[int, ...]:
+        # One text often stands in many comparisons, and tokenising is the slow part.
+        key = (repr(row.prompt), answer)
+        if key not in known:
+            whole = encode_sft(tokenizer, Demonstration(row.id, row.prompt, answer), chat=config.data.chat)
+            known[key] = keep_end(tokenizer, whole.token_ids, settings.max_length)
+        return known[key]
+
+    items = [
+        (
+            str(row.columns.get(group_by, row.prompt)),
+            EncodedComparison(row.id, read(row, row.chosen), read(row, row.rejected), row.margin),
+        )
+        for row in rows
+    ]
     filler = pad_id(tokenizer)
     return Loader(
-        encode_rows(rows, encode),
+        items,
         settings.batch_size,
         lambda batch: collate_comparisons([encoded for _, encoded in batch], filler),
         shuffle=split == "train",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefero.data.spelling import frame, pad_id
-from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt
+from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt, keep_end
 from prefero.models.trunk import evaluating
 from prefero.types import Prompt, Rollout, Score
 
@@ -91,10 +91,8 @@ class ModelReward:
                 empty = Prompt(rollout.prompt.id, self._prefix, "")
                 prompts[text] = encode_prompt(self.tokenizer, text, rollout.prompt.id) if text else empty
             ids = encode_example(self.tokenizer, prompts[text], completion).token_ids
-        if len(ids) <= self.max_length:
-            return list(ids)
-        self.num_truncated += 1
-        return [*self._prefix, *ids[len(self._prefix) - self.max_length :]]
+        self.num_truncated += len(ids) > self.max_length
+        return list(keep_end(self.tokenizer, ids, self.max_length))
 
     def _outputs(self, texts: Sequence[Sequence[int]]) -> list[float]:
         """The reward model's outputs in the texts' order."""

@@ -20,6 +20,7 @@ from prefero.data.tokenize import (
     encode_prompts,
     encode_rows,
     encode_sft,
+    keep_end,
 )
 
 PROMPT, ANSWER = "Question: how is the hotel?", " the hotel is good."
@@ -354,3 +355,11 @@ def test_tokens_that_swallow_white_space_beside_them() -> None:
     text = render(tokenizer, messages, Guard([], []), add_generation_prompt=False)
     guard = Guard(["hotel"], [text])
     assert encode_rendered(tokenizer, guard.hide(text), guard) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_text_to_be_judged_keeps_its_beginning_of_sequence_and_its_end() -> None:
+    for tokenizer in (llama2_like(), gpt2_like()):
+        beginning, _ = frame(tokenizer)
+        ids = (*beginning, 5, 6, 7, 8)
+        assert keep_end(tokenizer, ids, len(ids)) == ids
+        assert keep_end(tokenizer, ids, len(beginning) + 2) == (*beginning, 7, 8)
