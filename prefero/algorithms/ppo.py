@@ -167,7 +167,9 @@ class PPO(OnlineAlgorithm):
         )
 
     def _logprobs(self, model: Actor, sequences: Tensor, mask: Tensor, attention_mask: Tensor) -> Tensor:
-        logprobs: Tensor = model(sequences, mask.shape[1], attention_mask, temperature=self.settings.temperature)
+        logprobs: Tensor = model(
+            sequences, mask.shape[1], attention_mask, temperature=self.settings.temperature, action_mask=mask
+        )
         return logprobs
 
     def _reference_logprobs(self, sequences: Tensor, mask: Tensor, attention_mask: Tensor) -> Tensor | None:
@@ -246,7 +248,7 @@ class PPO(OnlineAlgorithm):
         mask = batch.action_mask.bool()
         logprobs, entropy = self.actor(
             batch.sequences, batch.num_actions, batch.attention_mask, temperature=settings.temperature,
-            return_entropy=True,
+            return_entropy=True, action_mask=mask,
         )  # fmt: skip
         old_logprobs = masked.fill(batch.action_log_probs, mask)
         advantages = whitening(batch.advantages)

@@ -26,14 +26,11 @@ class SFT(Algorithm[TokenBatch]):
     def losses(self, batch: TokenBatch, total: float) -> Iterator[Loss]:
         """One loss: minus the log-probabilities of the counted tokens, summed, divided by `total`."""
         mask = batch.loss_mask[:, 1:].bool()
-        columns = mask.any(dim=0).nonzero()
-        # The head only needs to speak from the first counted token on.
-        num_actions = mask.shape[1] - int(columns[0]) if len(columns) else 1
-        mask = mask[:, -num_actions:]
+        # The head is applied to the counted tokens only; prompts and padding are often the greater part.
         if isinstance(self.actor, LM):
-            logprobs = self.actor(batch.token_ids, batch.attention_mask)[:, -num_actions:]
+            logprobs = self.actor(batch.token_ids, batch.attention_mask, loss_mask=batch.loss_mask)[:, 1:]
         else:
-            logprobs = self.actor(batch.token_ids, num_actions, batch.attention_mask)
+            logprobs = self.actor(batch.token_ids, mask.shape[1], batch.attention_mask, action_mask=mask)
         loss = supervised.cross_entropy(logprobs, mask, total)
         with torch.no_grad():
             # Probability of the right token: readable where nats are not.

@@ -94,31 +94,44 @@ class Actor(LoRAModule):
         attention_mask: Tensor | None = None,
         temperature: float = 1.0,
         return_entropy: bool = False,
+        action_mask: Tensor | None = None,
     ) -> Any:
         """Log-probabilities [B, A] of the last `num_actions` tokens; with return_entropy, also the entropies [B, A].
 
         Entropies are for the log: they carry no gradient.
-        sequences, attention_mask: [B, S]; without a mask every token is real. Logits are divided by `temperature`
-        before the softmax, so what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
+        sequences, attention_mask: [B, S]; without a mask every token is real. action_mask: [B, A]; where it is false
+        the output head is not applied and the answer is 0. Logits are divided by `temperature` before the softmax, so
+        what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
         """
         check_num_actions(num_actions, sequences)
+        mask = torch.ones_like(sequences[:, -num_actions:]) if action_mask is None else action_mask
         if self._head_is_plain():
-            head = self.model.get_output_embeddings()
-            hidden = hidden_states(trunk_of(self.model), sequences, attention_mask)[:, -num_actions - 1 : -1]
-            logprobs, entropy = lp.selected(
-                hidden.contiguous(),
-                head.weight,
-                head.bias,
-                sequences[:, -num_actions:],
-                temperature,
-                with_entropy=return_entropy,
-                entropy_gradient=False,
-            )
+            logprobs, entropy = self._from_hidden(sequences, mask, attention_mask, temperature, return_entropy)
         else:
             logits = self.model(**model_inputs(self.model, sequences, attention_mask)).logits[:, -num_actions - 1 :]
             logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
-            entropy = lp.entropy(logits[:, :-1].detach(), temperature) if return_entropy else None
+            logprobs = masked.fill(logprobs, mask)
+            entropy = masked.fill(lp.entropy(logits[:, :-1].detach(), temperature), mask) if return_entropy else None
         return (logprobs, entropy) if return_entropy else logprobs
+
+    def _from_hidden(
+        self, sequences: Tensor, mask: Tensor, attention_mask: Tensor | None, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The head on just the positions that predict a token of the mask [B, A], which is often the minority."""
+        num_actions = mask.shape[1]
+        head = self.model.get_output_embeddings()
+        hidden = hidden_states(trunk_of(self.model), sequences, attention_mask)[:, -num_actions - 1 : -1]
+        index = mask.reshape(-1).nonzero().squeeze(1)
+        logprobs, entropy = lp.selected(
+            hidden.flatten(0, 1).index_select(0, index),
+            head.weight,
+            head.bias,
+            sequences[:, -num_actions:].flatten().index_select(0, index),
+            temperature,
+            with_entropy=with_entropy,
+            entropy_gradient=False,
+        )
+        return _at(mask, index, logprobs), None if entropy is None else _at(mask, index, entropy)
 
     def _head_is_plain(self) -> bool:
         if self._plain_head is None:
@@ -171,10 +184,19 @@ class LM(Actor):
     """A language model to imitate with: the log-probability of every token."""
 
     def forward(  # type: ignore[override]
-        self, sequences: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
-        """[B, S] log-probabilities; entry t is that of token t given those before it, entry 0 is 0."""
-        logprobs: Tensor = super().forward(sequences, sequences.shape[1] - 1, attention_mask, temperature)
+        """[B, S] log-probabilities; entry t is that of token t given those before it, entry 0 is 0.
+
+        loss_mask: [B, S]; where it is false the output head is not applied and the answer is 0.
+        """
+        mask = None if loss_mask is None else loss_mask[:, 1:]
+        num_actions = sequences.shape[1] - 1
+        logprobs: Tensor = super().forward(sequences, num_actions, attention_mask, temperature, action_mask=mask)
         return torch.nn.functional.pad(logprobs, (1, 0))
 
 
@@ -325,6 +347,11 @@ class RewardModel(LoRAModule):
         if bias is not None:
             assert isinstance(self.value_head, nn.Linear)
             self.value_head.bias = nn.Parameter(bias.to(self.value_head.weight))
+
+
+def _at(mask: Tensor, index: Tensor, numbers: Tensor) -> Tensor:
+    """A tensor of the mask's shape with `numbers` at the flat places `index` and zeros elsewhere."""
+    return numbers.new_zeros(mask.numel()).index_copy(0, index, numbers).view(mask.shape)
 
 
 def check_num_actions(num_actions: int, sequences: Tensor) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from prefero.functional.logprobs import selected
+from prefero.models import base
 from prefero.models.base import Actor
 from prefero.models.lora import apply_lora
 from prefero.models.trunk import disable_dropout, freeze, head_is_plain
@@ -76,6 +78,30 @@ def test_gradients_are_those_of_the_full_logits(family: Family) -> None:
             torch.testing.assert_close(ours[name], parameter.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
+def test_the_head_is_applied_to_the_masked_in_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = loud(Actor(tiny_llama()))
+    ids, mask = tokens(), torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    rows: list[int] = []
+
+    def counting(hidden: torch.Tensor, *arguments: object, **options: object) -> object:
+        rows.append(len(hidden))
+        return selected(hidden, *arguments, **options)
+
+    monkeypatch.setattr(base.lp, "selected", counting)
+    logprobs, entropy = actor(ids, 4, return_entropy=True, action_mask=mask)
+    whole, whole_entropy = actor(ids, 4, return_entropy=True)
+    assert rows == [4, 12]
+    assert not logprobs[~mask].any() and not entropy[~mask].any()
+    torch.testing.assert_close(logprobs[mask], whole[mask])
+    torch.testing.assert_close(entropy[mask], whole_entropy[mask])
+    partly = torch.autograd.grad(logprobs.sum(), list(actor.parameters()))
+    for one, other in zip(partly, torch.autograd.grad(whole[mask].sum(), list(actor.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    nothing = actor(ids, 4, action_mask=torch.zeros_like(mask))
+    assert nothing.shape == mask.shape and not nothing.any()
+    nothing.sum().backward()
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_every_family_may_have_its_head_on_the_response_only(family: Family) -> None:
     assert head_is_plain(loud(family.actor(config=family.config()).model))
@@ -93,6 +119,9 @@ def test_soft_capped_logits_take_the_long_way_and_are_right() -> None:
     expected, expected_entropy = by_hand(actor.model, ids)
     torch.testing.assert_close(logprobs.double(), expected[:, -4:], atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy.double(), expected_entropy[:, -4:], atol=1e-5, rtol=0)
+    mask = torch.tensor([[True, False, True, True]] * 3)
+    for given, whole in zip(actor(ids, 4, return_entropy=True, action_mask=mask), (logprobs, entropy), strict=True):
+        assert torch.equal(given, torch.where(mask, whole, 0.0))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
