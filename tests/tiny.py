@@ -11,27 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = [
-    "the",
-    "a",
-    "movie",
-    "hotel",
-    "was",
-    "is",
-    "good",
-    "bad",
-    "great",
-    "awful",
-    "how",
-    "tell",
-    "me",
-    "about",
-    "and",
-    "but",
-    ".",
-    "?",
-    "!",
-]
+WORDS = "the a movie hotel was is good bad great awful how tell me about and but . ? !".split()  # noqa: SIM905
 
 
 def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from prefero.types import Experience
 
@@ -39,37 +40,34 @@ _PER_ACTION = ("action_log_probs", "values", "advantages", "action_mask")
 def split_experience_batch(experience: Experience) -> list[BufferItem]:
     """The rows of `experience`, each cut to its own real tokens (every tensor is copied, none is a view)."""
     num_prompt = experience.sequences.shape[1] - experience.num_actions
-    real = experience.attention_mask.bool()
-    actions = experience.action_mask.bool()
+    starts = _leading_zeros(experience.attention_mask[:, :num_prompt])
+    stops = [experience.num_actions - num for num in _leading_zeros(experience.action_mask.flip(1))]
+    tensors = {f.name: getattr(experience, f.name) for f in fields(Experience) if f.name != "info"}
     items = []
-    for row in range(len(experience)):
-        prompt = real[row, :num_prompt].nonzero()
-        start = int(prompt[0]) if len(prompt) else num_prompt
-        stop = int(actions[row].nonzero()[-1]) + 1 if actions[row].any() else 0
-        tensors = {}
-        for name in (f.name for f in fields(Experience) if f.name != "info"):
-            tensor = getattr(experience, name)[row]
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        cuts = {}
+        for name, tensor in tensors.items():
             if name in ("sequences", "attention_mask"):
-                tensor = tensor[start : num_prompt + stop]
-            elif name in _PER_ACTION and tensor.dim():
-                tensor = tensor[:stop]
-            tensors[name] = tensor.clone()
-        items.append(
-            BufferItem(**tensors, info={name: number[row].clone() for name, number in experience.info.items()})
-        )
+                cut = tensor[row, start : num_prompt + stop]
+            elif name in _PER_ACTION and tensor.dim() > 1:
+                cut = tensor[row, :stop]
+            else:
+                cut = tensor[row]
+            cuts[name] = cut.clone()
+        items.append(BufferItem(**cuts, info={name: number[row].clone() for name, number in experience.info.items()}))
     return items
+
+
+def _leading_zeros(mask: Tensor) -> list[int]:
+    """How many zeros each row of a mask [B, N] starts with: one look at the whole batch, not one a row."""
+    return (mask.bool().cumsum(dim=1) == 0).sum(dim=1).tolist()
 
 
 def zero_pad_sequences(sequences: Sequence[Tensor], side: Literal["left", "right"] = "left") -> Tensor:
     """Stacks 1-D tensors of different lengths into [B, longest], zeros on `side`."""
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r} is unknown: use 'left' or 'right'")
-    longest = max(len(sequence) for sequence in sequences)
-    pads = [longest - len(sequence) for sequence in sequences]
-    widths = [(pad, 0) if side == "left" else (0, pad) for pad in pads]
-    return torch.stack(
-        [torch.nn.functional.pad(sequence, width) for sequence, width in zip(sequences, widths, strict=True)]
-    )
+    return pad_sequence(list(sequences), batch_first=True, padding_side=side)
 
 
 def make_experience_batch(items: Sequence[BufferItem]) -> Experience:

@@ -141,10 +141,12 @@ class EngineExperienceMaker(ExperienceMaker):
             reward = self._score_ids if isinstance(self.reward_model, nn.Module) else self.reward_model
             self.last_rollouts = collect(input_ids, self.engine, reward, params, self.num_samples)
         size = self.batch_size or len(self.last_rollouts)
-        items = []
-        for start in range(0, len(self.last_rollouts), size):
-            items.extend(split_experience_batch(self._judge(self.last_rollouts[start : start + size])))
-        return make_experience_batch(items)
+        parts = [
+            self._judge(self.last_rollouts[start : start + size]) for start in range(0, len(self.last_rollouts), size)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return make_experience_batch([item for part in parts for item in split_experience_batch(part)])
 
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         device = next(self.actor.parameters()).device
