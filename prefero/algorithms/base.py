@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-from prefero.models import trunk
+from prefero.models.trunk import disable_dropout
 from prefero.types import Experience, Loss
 
 BatchT = TypeVar("BatchT")
@@ -48,16 +47,6 @@ class OnlineAlgorithm(Algorithm[Experience]):
         """All that one update needs of these rollouts; computed without gradients."""
 
 
-@contextmanager
-def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, dropout is off; afterwards every module is in the mode it was in before."""
-    with ExitStack() as stack:
-        for model in models:
-            if model is not None:
-                stack.enter_context(trunk.evaluating(model))
-        yield
-
-
 def learning_mode(model: nn.Module, dropout: bool) -> None:
     """Puts `model` in the mode it learns in: training mode with dropout, or without any dropout.
 
@@ -65,6 +54,6 @@ def learning_mode(model: nn.Module, dropout: bool) -> None:
     mode too, after its dropout probabilities are set to 0 for good.
     """
     if not dropout and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        trunk.disable_dropout(model)
+        disable_dropout(model)
         dropout = True
     model.train(dropout)

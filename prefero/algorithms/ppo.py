@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prefero.algorithms.base import OnlineAlgorithm, evaluating
+from prefero.algorithms.base import OnlineAlgorithm
 from prefero.functional import advantages as advantage_formulas
 from prefero.functional import kl as kl_formulas
 from prefero.functional import masked, policy, value
 from prefero.models.base import Actor, Critic
 from prefero.models.lora import has_lora
+from prefero.models.trunk import evaluating
 from prefero.types import Experience, Loss
 
 

@@ -16,8 +16,7 @@ from prefero.data.sources import read_rows
 from prefero.data.spelling import pad_id
 from prefero.data.tokenize import Example, encode_rows, encode_sft
 from prefero.dataset.utils import padded, report_left_out, tolerant_rows
-
-IGNORE_INDEX = -100
+from prefero.models.loss import IGNORED
 
 
 class SFTDataset(Dataset[dict[str, Tensor]]):
@@ -41,7 +40,7 @@ class SFTDataset(Dataset[dict[str, Tensor]]):
         example = self.examples[index]
         return {
             "input_ids": padded(example.token_ids, self.max_length, self.pad_id),
-            "labels": padded(_labels(example), self.max_length, IGNORE_INDEX),
+            "labels": padded(_labels(example), self.max_length, IGNORED),
             "attention_mask": padded([1] * len(example.token_ids), self.max_length, 0),
         }
 
@@ -81,7 +80,7 @@ class AlpacaDataCollator:
         masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])) for row in instances]
         return {
             "input_ids": _stack([row["input_ids"] for row in instances], pad_id(self.tokenizer)),
-            "labels": _stack([row["labels"] for row in instances], IGNORE_INDEX),
+            "labels": _stack([row["labels"] for row in instances], IGNORED),
             "attention_mask": _stack(masks, 0).bool(),
         }
 
@@ -94,7 +93,7 @@ def _table(rows: Iterable[Mapping[str, Any]]) -> Table[SFTRow]:
 
 
 def _labels(example: Example) -> list[int]:
-    return [t if learn else IGNORE_INDEX for t, learn in zip(example.token_ids, example.loss_mask, strict=True)]
+    return [t if learn else IGNORED for t, learn in zip(example.token_ids, example.loss_mask, strict=True)]
 
 
 def _stack(rows: list[Tensor], fill: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prefero.functional import masked, policy, reward, supervised, value
 from prefero.functional.logprobs import token_logprobs
 
-IGNORED = -100
+IGNORED = -100  # the label of a token that is not to be learned, as in torch's cross-entropy
 
 
 class GPTLMLoss(nn.Module):

@@ -113,14 +113,16 @@ def head_is_plain(model: Any) -> bool:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode restored after."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, every submodule's own mode restored after; None stands for no model."""
+    modes = [(part, part.training) for model in models if model is not None for part in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
     try:
         yield
     finally:
-        for part, mode in modes.items():
+        for part, mode in modes:
             part.training = mode
 
 

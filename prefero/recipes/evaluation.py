@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from prefero.algorithms.base import evaluating
 from prefero.functional import kl, masked
 from prefero.models.base import Actor
 from prefero.models.lora import has_lora
+from prefero.models.trunk import evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import Engine, SamplingParams

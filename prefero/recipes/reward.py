@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from prefero.algorithms.base import evaluating
 from prefero.data import (
     Comparison,
     Demonstration,
@@ -22,6 +21,7 @@ from prefero.data import (
 from prefero.models.auto import AutoRM
 from prefero.models.base import RewardModel
 from prefero.models.loading import load_tokenizer
+from prefero.models.trunk import evaluating
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
 from prefero.recipes.sources import Split

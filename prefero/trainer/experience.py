@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefero.algorithms.base import OnlineAlgorithm, evaluating
+from prefero.algorithms.base import OnlineAlgorithm
 from prefero.algorithms.ppo import PPO, PPOSettings
 from prefero.models.base import Actor, Critic
+from prefero.models.generation import eos_ids
+from prefero.models.trunk import evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import make_experience_batch, split_experience_batch
 from prefero.rollout.collect import collect
@@ -73,7 +75,7 @@ class NaiveExperienceMaker(ExperienceMaker):
                 input_ids, return_action_mask=True, **generate_kwargs
             )
             scores = self.reward_model(sequences, attention_mask)
-            ended = _ended(sequences, action_mask, _eos_token_ids(self.actor, generate_kwargs))
+            ended = _ended(sequences, action_mask, eos_ids(self.actor.model, generate_kwargs.get("eos_token_id")))
             return algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)
 
 
@@ -82,18 +84,6 @@ def checked(scores: Any) -> Tensor:
     if not isinstance(scores, Tensor):
         raise ValueError(f"the reward model returned {type(scores).__name__}, not a tensor with one score a completion")
     return scores.float() if not scores.is_floating_point() else scores
-
-
-def _eos_token_ids(actor: Actor, generate_kwargs: dict[str, Any]) -> list[int]:
-    """The ids that end a completion: of the generation arguments, else of the model."""
-    eos = generate_kwargs.get("eos_token_id")
-    if eos is None:
-        eos = getattr(getattr(actor.model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = getattr(getattr(actor.model, "config", None), "eos_token_id", None)
-    if eos is None:
-        return []
-    return [int(token) for token in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
 
 
 def _ended(sequences: Tensor, action_mask: Tensor, eos_token_ids: list[int]) -> Tensor | None:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from prefero.algorithms.base import Algorithm, evaluating, learning_mode
+from prefero.algorithms.base import Algorithm, learning_mode
+from prefero.models.lora import has_lora
+from prefero.models.trunk import evaluating
 from prefero.strategies.base import Strategy
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
@@ -170,5 +172,5 @@ def _split_names(metrics: Metrics) -> list[tuple[str, str, float]]:
 
 def require_lora(model: nn.Module, use_lora: int) -> None:
     """Refuses `use_lora` for a model that was built without LoRA."""
-    if use_lora > 0 and not any("lora_" in name for name, _ in model.named_parameters()):
+    if use_lora > 0 and not has_lora(model):
         raise ValueError(f"use_lora={use_lora} but the model has no LoRA layers: build it with lora_rank={use_lora}")

@@ -13,14 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from prefero.algorithms.sft import SFT
 from prefero.models.base import Actor
+from prefero.models.loss import IGNORED
 from prefero.rollout.buffer import zero_pad_sequences
 from prefero.strategies.base import Strategy
 from prefero.tracking.base import Tracker
 from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora
 from prefero.trainer.update import Learner, split_tokens
 from prefero.types import Metrics, TokenBatch
-
-IGNORED = -100  # the label of a token that is not to be learned, a convention of torch's cross-entropy
 
 
 class SFTTrainer(OfflineTrainer[TokenBatch]):
