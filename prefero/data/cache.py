@@ -1,10 +1,9 @@
-"""Where fetched models and data live: one folder of the user's, with a lock and finished-markers."""
+"""The upkeep of the cache folder: its lock, and the markers that say what is finished and whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,6 @@ except ImportError:  # not a POSIX system: two fetchers at once are then the use
     fcntl = None  # type: ignore[assignment]
 
 MARKER = "prefero-fetch.json"
-
-
-def cache_root() -> Path:
-    """`$PREFERO_CACHE`, or `~/.cache/prefero`."""
-    return Path(os.environ.get("PREFERO_CACHE") or "~/.cache/prefero").expanduser()
 
 
 def sha256_of(path: Path) -> str:

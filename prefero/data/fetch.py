@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from prefero.cache import cache_root
 from prefero.data import convert, movies
-from prefero.data.cache import cache_root, damaged_files, locked, read_marker, sha256_of, write_marker
+from prefero.data.cache import damaged_files, locked, read_marker, sha256_of, write_marker
 
 PIP: tuple[str, ...] = (sys.executable, "-m", "pip")
 TIMEOUT = 3600.0

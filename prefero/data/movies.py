@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from prefero.data.cache import cache_root
+from prefero.cache import cache_root
 from prefero.data.convert import write_jsonl
 
 Split = Literal["train", "validation", "test"]

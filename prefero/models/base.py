@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +13,7 @@ from prefero.functional import masked
 from prefero.models.export import read_head_bias, save_folder, save_reward_folder
 from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
 from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
-from prefero.models.lora import (
-    adapters_disabled,
-    apply_lora,
-    has_lora,
-    load_merged_state_dict,
-    merged_state_dict,
-    save_adapter,
-)
+from prefero.models.lora import LoRAModule, load_merged_state_dict, merged_state_dict
 from prefero.models.trunk import (
     contiguous_input,
     head_is_plain,
@@ -34,44 +25,6 @@ from prefero.models.trunk import (
     score_hidden,
     trunk_of,
 )
-
-
-class LoRAModule(nn.Module):
-    """What actor, critic and reward model share: `.model`, its adapters, and checkpoints that know of them."""
-
-    model: Any
-
-    def __init__(
-        self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
-    ) -> None:
-        super().__init__()
-        self.model = apply_lora(model, lora_rank, lora_train_bias, lora_alpha)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The model as it was before its adapters learned: a reference that costs no memory.
-
-        Raises ValueError without adapters, or when biases of the base are trained too.
-        """
-        if not has_lora(self.model):
-            raise ValueError("reference() switches adapters off, and there are none: use deepcopy(actor), or lora_rank")
-        bias = self.model.peft_config["default"].bias
-        if bias != "none":
-            raise ValueError(f"lora_train_bias={bias!r} changes the base itself: use deepcopy(actor) as the reference")
-        with adapters_disabled(self.model):
-            yield
-
-    def checkpoint_state(self) -> dict[str, Tensor]:
-        """Float32 weights with adapters merged, under the names of the model without them; memory may be shared."""
-        return merged_state_dict(self)
-
-    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        """Loads what `checkpoint_state` gave; adapters, if any, start again from zero effect on top of it."""
-        load_merged_state_dict(self, state, strict)
-
-    def save_adapter(self, directory: str | Path) -> None:
-        """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none."""
-        save_adapter(self.model, directory)
 
 
 class Actor(LoRAModule):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
+from prefero.cache import cache_root
 from prefero.models.lora import apply_lora
 from prefero.models.trunk import disable_dropout, head_width
 
@@ -45,18 +45,13 @@ class LoadOptions:
     lora_alpha: float | None = None
 
 
-def cache_dir() -> Path:
-    """Where fetched models live: `$PREFERO_CACHE`, or `~/.cache/prefero`."""
-    return Path(os.environ.get("PREFERO_CACHE") or Path.home() / ".cache" / "prefero")
-
-
 def resolve(name_or_path: str | Path) -> str:
     """The folder or file of a fetched name or a path, or the hub name as it is.
 
     Raises ValueError, naming near matches and the cure, when it is none of these.
     """
     name = str(name_or_path)
-    fetched = cache_dir() / "models" / name
+    fetched = cache_root() / "models" / name
     if name in FETCHED:
         if not (fetched / "config.json").is_file():
             raise ValueError(f"model {name!r} is not in {fetched.parent}: run `prefero fetch {name}` first")

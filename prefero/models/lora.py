@@ -163,3 +163,41 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.save_pretrained(str(folder))
+
+
+class LoRAModule(nn.Module):
+    """What actor, critic and reward model share: `.model`, its adapters, and checkpoints that know of them."""
+
+    model: Any
+
+    def __init__(
+        self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = apply_lora(model, lora_rank, lora_train_bias, lora_alpha)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model as it was before its adapters learned: a reference that costs no memory.
+
+        Raises ValueError without adapters, or when biases of the base are trained too.
+        """
+        if not has_lora(self.model):
+            raise ValueError("reference() switches adapters off, and there are none: use deepcopy(actor), or lora_rank")
+        bias = self.model.peft_config["default"].bias
+        if bias != "none":
+            raise ValueError(f"lora_train_bias={bias!r} changes the base itself: use deepcopy(actor) as the reference")
+        with adapters_disabled(self.model):
+            yield
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Float32 weights with adapters merged, under the names of the model without them; memory may be shared."""
+        return merged_state_dict(self)
+
+    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """Loads what `checkpoint_state` gave; adapters, if any, start again from zero effect on top of it."""
+        load_merged_state_dict(self, state, strict)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none."""
+        save_adapter(self.model, directory)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from prefero.data.cache import cache_root, read_marker
+from prefero.cache import cache_root
+from prefero.data.cache import read_marker
 from prefero.data.fetch import ITEMS
 from prefero.strategies.cpu import prefer_onednn_fp32, supports_bf16
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from prefero.cache import cache_root
 from prefero.config import Config, ConfigError, load_config
 from prefero.data import Comparison, collate_examples, encode_example, encode_prompt, pad_id, read_rows, to_preferences
-from prefero.data.cache import cache_root
 from prefero.functional import masked
 from prefero.models.base import LM, Actor
 from prefero.recipes.evaluation import Evaluation, kl_from_reference

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from prefero.cache import cache_root
 from prefero.data import convert, fetch, movies
-from prefero.data.cache import MARKER, cache_root, locked, read_marker
+from prefero.data.cache import MARKER, locked, read_marker
 from prefero.data.fetch import Item
 
 # a stand-in for pip: copies the archive asked for out of a folder, or fails as pip does
