@@ -100,6 +100,12 @@ class Trainer(ABC):
         if self.tokenizer is not None:
             return self.tokenizer(prompts)
         if isinstance(prompts, (list, tuple)) and prompts and all(isinstance(prompt, Tensor) for prompt in prompts):
+            if len({len(prompt) for prompt in prompts}) > 1:
+                lengths = sorted({len(prompt) for prompt in prompts})
+                raise ValueError(
+                    f"prompts have {lengths[0]} to {lengths[-1]} tokens and there is no tokenizer: give tokenizer=..., "
+                    "a function that pads them on the left and returns input_ids and attention_mask"
+                )
             return torch.stack(list(prompts))
         return prompts
 

@@ -186,6 +186,7 @@ def _temperature(engine: Engine | None, sampling: SamplingParams | None, generat
     if (engine is None) != (sampling is None):
         raise ValueError("engine and sampling belong together: give both, or neither")
     if sampling is None:
+        _refuse_searching(generate_kwargs)
         return float(generate_kwargs.get("temperature") or 1.0)
     if generate_kwargs:
         raise ValueError(
@@ -194,6 +195,14 @@ def _temperature(engine: Engine | None, sampling: SamplingParams | None, generat
     if sampling.greedy:
         raise ValueError("sampling.greedy=True gives PPO nothing to learn from: sample instead")
     return sampling.temperature
+
+
+def _refuse_searching(generate_kwargs: dict[str, Any]) -> None:
+    """The policy gradient is an average over the policy's own samples; a search gives something else."""
+    for name, sampled in (("do_sample", True), ("num_beams", 1)):
+        given = generate_kwargs.get(name, sampled)
+        if given != sampled:
+            raise ValueError(f"{name}={given} gives PPO nothing to learn from: it needs samples, use {name}={sampled}")
 
 
 def _check(settings: PPOSettings, temperature: float, critic: nn.Module, micro_batch_size: int | None) -> None:

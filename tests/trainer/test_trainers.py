@@ -206,6 +206,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:
         ({"train_batch_size": 0}, "sample_batch_size=0"),
         ({"reward_model": counts_token(5)}, "engine="),
         ({"initial_model": None}, "needs a reference"),
+        ({"do_sample": False}, "do_sample=False gives PPO nothing"),
+        ({"num_beams": 4}, "num_beams=4 gives PPO nothing"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -231,6 +233,11 @@ def test_contradictions_about_the_engine_are_refused(changes: dict[str, Any], me
     ppo = algorithm()
     with pytest.raises(ValueError, match=message):
         trainer(ppo, engine=HFEngine(ppo.actor, tiny_tokenizer()), **changes)
+
+
+def test_prompts_of_several_lengths_need_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="2 to 3 tokens and there is no tokenizer"):
+        trainer(max_length=6).collect([torch.tensor([3, 4]), torch.tensor([3, 4, 5])])
 
 
 def test_exchanged_optimizers_are_refused() -> None:
