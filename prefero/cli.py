@@ -82,6 +82,7 @@ def _add_use_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("model", metavar="MODEL", help="run folder, model folder, fetched name or hub name")
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     command.add_argument("--prompts", default="", metavar="FILE", help="JSONL or CSV rows with a `prompt` column")
+    command.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="bad rows to leave out of --prompts")
     command.add_argument("--out", default="", metavar="FILE", help="write JSON lines there instead of printing")
     command.add_argument("--num-samples", type=int, default=1, metavar="N")
     _add_sampling(command)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ConfigError(ValueError):
@@ -78,7 +78,6 @@ class DataConfig:
 class StrategyConfig:
     """Where models live and how numbers are computed."""
 
-    kind: Literal["naive"] = Field(default="naive", description="naive: one device.")
     device: str = Field(default="", description="cpu, cuda, mps; empty: the best one present.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Compute type; auto: bf16 where the hardware has it, else fp32."
@@ -103,7 +102,8 @@ class SFTConfig:
     )
     learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="How the learning rate ends at zero."
+        default="cosine",
+        description="The rate after its rise: constant, or falling to zero in a line or a cosine.",
     )
     warmup_fraction: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps during which the rate rises."
@@ -131,7 +131,8 @@ class RewardConfig:
     micro_batch_size: int = Field(default=0, ge=0, description="Comparisons a forward pass; 0: the whole batch.")
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="How the learning rate ends at zero."
+        default="cosine",
+        description="The rate after its rise: constant, or falling to zero in a line or a cosine.",
     )
     warmup_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps during which the rate rises."
@@ -155,7 +156,9 @@ class RewardConfig:
 class RewardPart:
     """One term of the reward."""
 
-    use: str = Field(description="trained | model:FOLDER | module:function or file.py:function | rule:NAME | vader")
+    use: str = Field(
+        min_length=1, description="trained | model:FOLDER | module:function or file.py:function | rule:NAME | vader"
+    )
     weight: float = Field(default=1.0, description="Factor in the sum.")
     clamp: float = Field(default=0.0, ge=0, description="Limit a reward model's score to ± this; 0: no limit.")
 
@@ -184,7 +187,8 @@ class PPOConfig:
     )
     critic_warmup: int = Field(default=0, ge=0, description="Iterations in which only the critic learns.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="linear", description="How both learning rates end at zero."
+        default="linear",
+        description="Both rates after their rise: constant, or falling to zero in a line or a cosine.",
     )
     warmup_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="Share of the iterations during which the rates rise."
@@ -244,7 +248,7 @@ class EvaluateConfig:
 class Config:
     """Everything a run needs."""
 
-    seed: int = Field(default=0, ge=0, description="Decides every random number.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides every random number.")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig())
@@ -278,6 +282,25 @@ def _contradictions(c: Config) -> Iterator[str]:
         )
     if c.reward.skip and any(part.use == "trained" for part in c.ppo.rewards.values()):
         yield "ppo.rewards uses `trained` but reward.skip is true; use model:FOLDER, or set reward.skip to false"
+    if c.reward.loss == "log_exp" and c.reward.centering > 0:
+        yield f"reward.centering {c.reward.centering} needs reward.loss log_sig; set one of them"
+    if not c.ppo.skip and c.ppo.critic_warmup >= c.ppo.steps:
+        yield (
+            f"ppo.critic_warmup is {c.ppo.critic_warmup} but there are only {c.ppo.steps} ppo.steps, "
+            "so the actor would never learn; lower the one or raise the other"
+        )
+    for name, part in c.ppo.rewards.items():
+        if part.clamp and not part.use.startswith(("trained", "model:")):
+            yield f"ppo.rewards.{name}.clamp limits a reward model's score, but `use` is {part.use!r}; remove clamp"
+        if part.use and part.use == c.evaluate.gold:
+            yield (
+                f"evaluate.gold is {part.use!r}, which ppo.rewards.{name} is trained on; "
+                "an independent scorer is another one than the reward"
+            )
+    if c.model.tokenizer and not c.model.path:
+        yield f"model.tokenizer is {c.model.tokenizer!r} but model.path is empty; give both or neither"
+    if c.evaluate.gold == "trained":
+        yield "evaluate.gold is `trained`, the reward itself; name an independent scorer, e.g. vader, or leave it empty"
     if c.data.world != "files" and (c.data.sft or c.data.preferences or c.data.prompts):
         yield f"data.world {c.data.world!r} brings its own rows, but a data path is given too; set data.world to files"
 
@@ -290,16 +313,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, secti
     """
     tree: dict[str, Any] = {}
     origin = "the defaults"
+    given = " (with the overrides given)" if overrides else ""
     if path is not None:
         origin = str(path)
         _merge(tree, _read_yaml(Path(path)))
     _check_keys(tree, Config, (), origin)
-    for key, value in parse_overrides(overrides):
-        _set(tree, resolve_key(key, section=section, flag=True), value)
+    for key, text in parse_overrides(overrides):
+        keys = resolve_key(key, section=section, flag=True)
+        _set(tree, keys, _override_value(key, text, _kind_at(keys)))
     try:
+        _refuse_truth(tree, Config, ())
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from None
+        raise ConfigError(_explain(error, origin + given)) from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -321,25 +347,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Splits `--key value`, `--key=value` and bare `--flag` (true) into pairs, values read as YAML scalars."""
+def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Splits `--key value`, `--key=value` and bare `--flag` into (key, text) pairs; the text of a bare flag is None."""
     index = 0
     while index < len(arguments):
         argument = arguments[index]
         if not argument.startswith("--") or len(argument) < 3:
             raise ConfigError(f"unexpected argument {argument!r}; overrides are written --key value")
-        key, equals, text = argument[2:].partition("=")
+        key, equals, after = argument[2:].partition("=")
+        text: str | None = after if equals else None
         index += 1
-        if not equals:
-            if index < len(arguments) and not arguments[index].startswith("--"):
-                text, index = arguments[index], index + 1
-            else:
-                text = "true"
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        yield key.replace("-", "_"), value
+        if not equals and index < len(arguments) and not arguments[index].startswith("--"):
+            text, index = arguments[index], index + 1
+        yield key.replace("-", "_"), text
+
+
+def _kind_at(path: Sequence[str]) -> Any:
+    kind: Any = Config
+    for name in path:
+        kind = _value_type(kind, name)
+    return kind
+
+
+def _override_value(key: str, text: str | None, kind: Any) -> Any:
+    """What the text of a flag means for a key of this type: strings stay as they are typed, the rest is YAML."""
+    if text is None:
+        if kind is not bool:
+            raise ConfigError(f"--{key.replace('_', '-')} needs a value; write --{key.replace('_', '-')} VALUE")
+        return True
+    if kind is str:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def resolve_key(key: str, *, section: str = "", flag: bool = False) -> tuple[str, ...]:
@@ -422,6 +463,16 @@ def _check_keys(tree: Any, cls: Any, prefix: tuple[str, ...], origin: str) -> No
         _check_keys(value, inner, (*prefix, str(name)), origin)
 
 
+def _refuse_truth(tree: Mapping[str, Any], cls: Any, prefix: tuple[str, ...]) -> None:
+    """Raises ConfigError for true or false where a number belongs: read as 1 or 0 they would hide a slip."""
+    for name, value in tree.items():
+        kind, path = _value_type(cls, str(name)), (*prefix, str(name))
+        if isinstance(value, bool) and kind in (int, float):
+            raise ConfigError(f"{'.'.join(path)}: {value} will not do: input should be a number")
+        if isinstance(value, Mapping):
+            _refuse_truth(value, kind, path)
+
+
 def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
     for key, value in tree.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
@@ -447,7 +498,7 @@ def _explain(error: ValidationError, origin: str) -> str:
             continue
         key = ".".join(str(part) for part in problem["loc"]) or "config"
         lines.append(f"{key}: {problem['input']!r} will not do: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
-    return f"{origin} (with the overrides given): " + "; ".join(lines)
+    return f"{origin}: " + "; ".join(lines)
 
 
 __all__ = [

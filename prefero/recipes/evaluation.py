@@ -109,7 +109,8 @@ def before_after_rows(before: Evaluation, after: Evaluation, count: int = 8) -> 
             continue
         seen.add(old.prompt.id)
         row = {"prompt": old.prompt.text, "before": old.completion.text, "after": new.completion.text}
-        rows.append(row | {"gold_before": before.headline[index], "gold_after": after.headline[index]})
+        kind = "gold" if after.gold else "reward"
+        rows.append(row | {f"{kind}_before": before.headline[index], f"{kind}_after": after.headline[index]})
         if len(rows) == count:
             break
     return rows

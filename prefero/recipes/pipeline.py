@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prefero.config import ConfigError
 from prefero.recipes.ppo import train_ppo
 from prefero.recipes.reward import train_reward
 from prefero.recipes.session import Session
@@ -21,8 +20,6 @@ def run_pipeline(session: Session) -> None:
     if not config.sft.skip:
         with session.stage("sft") as stage:
             policy = str(train_sft(stage))
-    elif not policy:
-        raise ConfigError("sft.skip is true and model.path is empty, so there is no model; give model.path")
     if not config.reward.skip:
         with session.stage("reward") as stage:
             reward_model, metrics = train_reward(stage, policy)
@@ -44,18 +41,11 @@ def run_sft(session: Session) -> None:
 
 def run_reward(session: Session) -> None:
     """Stage 2 alone: `reward.model` or, for the backbone `policy`, `model.path`."""
-    if session.config.reward.model == "policy" and not session.config.model.path:
-        raise ConfigError(
-            "reward.model is `policy` but there is no policy; "
-            "give --model.path FOLDER (the export of the sft stage), or another --reward.model"
-        )
     train_reward(session, session.config.model.path)
 
 
 def run_ppo(session: Session) -> None:
     """Stage 3 alone: `model.path` against `ppo.rewards`."""
-    if not session.config.model.path:
-        raise ConfigError("model.path is empty; give --model.path FOLDER, e.g. the export of the sft stage")
     train_ppo(session, session.config.model.path, None)
 
 

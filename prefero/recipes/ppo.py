@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefero.algorithms.ppo import PPOSettings
 from prefero.config import Config, ConfigError, PPOConfig, RewardPart
-from prefero.data.tokenize import encode_prompts
+from prefero.data.tokenize import TooLongError, encode_prompts
 from prefero.functional.kl import AdaptiveCoefficient
 from prefero.models.auto import AutoCritic
 from prefero.models.base import Actor, Critic
@@ -18,7 +18,7 @@ from prefero.models.lora import has_lora
 from prefero.recipes.evaluation import Examination
 from prefero.recipes.rewards import build_part, build_reward
 from prefero.recipes.session import Session, adamw, load_policy, make_strategy, num_parameters, schedule
-from prefero.recipes.sources import Split, spread
+from prefero.recipes.sources import Sources, Split, spread
 from prefero.recipes.watcher import PPOResult, Watcher
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
@@ -65,7 +65,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
         schedulers=schedulers,
     )
     watcher.trainer = trainer
-    prompts = load_prompts(session, tokenizer, "train")
+    prompts = load_prompts(config, session.sources, tokenizer, "train")
     session.tracker.start("ppo", settings.steps)
     trainer.fit(prompts, num_episodes=settings.steps, max_timesteps=1, update_timesteps=1)
     return watcher.finish()
@@ -114,13 +114,15 @@ def sampling_params(config: Config) -> SamplingParams:
     )
 
 
-def load_prompts(session: Session, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
+def load_prompts(config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
     """The split's prompts as token ids, each with its own id."""
-    data = session.config.data
-    rows = session.sources.prompts(split)
-    prompts = encode_prompts(tokenizer, rows, max_length=data.max_prompt_length, truncate=data.truncate, chat=data.chat)
-    if not prompts:
-        raise ConfigError(f"no {split} prompt has at most data.max_prompt_length {data.max_prompt_length} tokens")
+    data, rows = config.data, sources.prompts(split)
+    try:
+        prompts = encode_prompts(
+            tokenizer, rows, max_length=data.max_prompt_length, truncate=data.truncate, chat=data.chat
+        )
+    except TooLongError as error:
+        raise ConfigError(f"{error} (the keys data.max_prompt_length and data.truncate)") from None
     return [replace(prompt, id=f"{split}/{prompt.id}") for prompt in prompts]
 
 
@@ -133,7 +135,7 @@ def make_examination(session: Session, tokenizer: PreTrainedTokenizerBase, rewar
         gold = build_part("gold", RewardPart(use=config.evaluate.gold), reward_model, length, size)
         yardsticks = replace(yardsticks, gold=gold, gold_name=config.evaluate.gold)
     return Examination(
-        prompts=spread(load_prompts(session, tokenizer, "heldout"), config.evaluate.num_prompts),
+        prompts=spread(load_prompts(config, session.sources, tokenizer, "heldout"), config.evaluate.num_prompts),
         reward=build_reward(config.ppo.rewards, reward_model, length, size),
         yardsticks=yardsticks,
         # A seed of its own: the examination's draws are never those of a training step.

@@ -22,6 +22,7 @@ from prefero.models.auto import AutoRM
 from prefero.models.base import RewardModel
 from prefero.models.loading import load_tokenizer
 from prefero.models.trunk import evaluating
+from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
 from prefero.recipes.sources import Split
@@ -32,12 +33,13 @@ from prefero.types import Metrics, PreferenceBatch
 def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     """Trains a reward model and exports it; policy: what the backbone `policy` means. Returns folder and metrics."""
     config, settings = session.config, session.config.reward
-    backbone = policy if settings.model == "policy" else settings.model
+    of_policy = settings.model == "policy"
+    backbone = policy if of_policy else settings.model
     trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(backbone, trust_remote_code=trust)
+    tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
     model = AutoRM(pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout)
-    strategy = make_strategy(config, num_parameters(model))
-    loader = comparisons(session, tokenizer, "train")
+    strategy, limits = make_strategy(config, num_parameters(model)), Limits.of(model.model.config)
+    loader = comparisons(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("reward", steps)
     model, optimizer = strategy.prepare((model, adamw(model, settings.learning_rate, settings.weight_decay)))
@@ -46,7 +48,7 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
         strategy,
         optimizer,
         Steps(loader, steps),
-        comparisons(session, tokenizer, "heldout"),
+        comparisons(session, tokenizer, "heldout", limits),
         max_epochs=1,
         loss_fn=settings.loss,
         centering=settings.centering,
@@ -58,7 +60,7 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     )
     metrics = trainer.fit()
     model.save_pretrained(session.run.model, tokenizer)
-    write_statistics(session.run.model, *score_statistics(model, comparisons(session, tokenizer, "heldout")))
+    write_statistics(session.run.model, *score_statistics(model, comparisons(session, tokenizer, "heldout", limits)))
     summary = {"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics}
     session.run.write_summary({**summary, "seconds": round(session.seconds, 1)})
     return session.run.model, metrics
@@ -77,7 +79,7 @@ def score_statistics(model: RewardModel, batches: Iterable[PreferenceBatch]) -> 
     return float(scores.mean()), float(scores.std())
 
 
-def comparisons(session: Session, tokenizer: Any, split: Split) -> Loader[Any, PreferenceBatch]:
+def comparisons(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, PreferenceBatch]:
     """The split's comparisons in batches; those about one prompt (or film) meet, so a shared text is read once."""
     config, settings = session.config, session.config.reward
     rows = session.sources.preferences(split)
@@ -93,7 +95,8 @@ def comparisons(session: Session, tokenizer: Any, split: Split) -> Loader[Any, P
         key = (repr(row.prompt), answer)
         if key not in known:
             whole = encode_sft(tokenizer, Demonstration(row.id, row.prompt, answer), chat=config.data.chat)
-            known[key] = keep_end(tokenizer, whole.token_ids, settings.max_length)
+            known[key] = keep_end(tokenizer, whole.token_ids, limits.shorten(settings.max_length))
+            limits.check(row.id, known[key], "lower reward.max_length")
         return known[key]
 
     items = [

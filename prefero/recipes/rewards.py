@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from prefero.config import ConfigError, RewardPart
 from prefero.models.base import RewardModel
-from prefero.models.loading import load_tokenizer
+from prefero.models.loading import load_config, load_tokenizer
+from prefero.recipes.limits import Limits
 from prefero.rewards.base import Reward
 from prefero.rewards.combined import WeightedSum
 from prefero.rewards.functions import FunctionReward, load_function
@@ -47,11 +52,47 @@ def build_part(name: str, part: RewardPart, trained: Path | None, max_length: in
     if part.use == "vader":
         return Vader()
     if rest:
-        return FunctionReward(load_function(part.use), name=name)
+        with _users_code(f"ppo.rewards.{name}.use: loading {part.use}", ValueError):
+            function = load_function(part.use)
+        return FunctionReward(_guarded(function, name), name=name)
     raise ConfigError(
         f"ppo.rewards.{name}.use is {part.use!r}; write trained, model:FOLDER, module:function, file.py:function, "
         "rule:NAME or vader"
     )
+
+
+def check_part(name: str, part: RewardPart) -> None:
+    """Raises what `build_part` would, without reading a reward model's weights: for the time before training."""
+    if part.use.startswith("model:"):
+        check_judge(part.use.removeprefix("model:"))
+    elif part.use != "trained":
+        build_part(name, part, None, 2, 1)
+
+
+@contextmanager
+def _users_code(doing: str, *as_they_are: type[Exception]) -> Iterator[None]:
+    """Says what was being done, and on which line of whose file, when a user's code fails."""
+    try:
+        yield
+    except as_they_are:
+        raise
+    except Exception as error:  # whatever a user's function may raise: told with its place, its cause kept
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+        raise ConfigError(
+            f"{doing} raised {type(error).__name__}: {error} ({file}:{line}); PREFERO_TRACEBACK=1 shows the way there"
+        ) from error
+
+
+def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function with its own failures told as errors that name the prompt."""
+
+    @functools.wraps(function)
+    def score(prompt: str, completion: str, *further: Any, **columns: Any) -> Any:
+        with _users_code(f"reward {name!r} on prompt {prompt!r:.200} and completion {completion!r:.200}"):
+            return function(prompt, completion, *further, **columns)
+
+    return score
 
 
 STATISTICS = "score_statistics.json"
@@ -59,11 +100,22 @@ STATISTICS = "score_statistics.json"
 
 _RULES: dict[str, Callable[[str], Reward]] = {
     "contains": lambda words: Contains(tuple(words.split(","))),
-    "ends_with_eos": lambda _: EndsWithEOS(),
-    "length_penalty": lambda free: LengthPenalty(int(free or 0)),
-    "max_words": lambda limit: MaxWords(int(limit)),
-    "no_repetition": lambda size: NoRepetition(int(size or 3)),
+    "ends_with_eos": lambda text: EndsWithEOS() if not text else _refuse(text),
+    "length_penalty": lambda free: LengthPenalty(_whole(free or "0")),
+    "max_words": lambda limit: MaxWords(_whole(limit)),
+    "no_repetition": lambda size: NoRepetition(_whole(size or "3")),
 }
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"it needs a whole number after its name, not {text!r}") from None
+
+
+def _refuse(text: str) -> Reward:
+    raise ValueError(f"this rule takes nothing after its name, not {text!r}")
 
 
 def build_rule(part: str, text: str) -> Reward:
@@ -77,13 +129,27 @@ def build_rule(part: str, text: str) -> Reward:
         raise ConfigError(f"ppo.rewards.{part}.use is 'rule:{text}': {error}; e.g. rule:max_words:30") from None
 
 
+def check_judge(name: str) -> None:
+    """Raises ValueError unless the named model exists and was saved as a judge: a fresh head would score at random."""
+    config = load_config(name)
+    kinds = config.architectures or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or config.num_labels != 1:
+        raise ConfigError(
+            f"{name} is no reward model: it was saved as {', '.join(kinds) or 'an unknown kind'} with "
+            f"{config.num_labels} outputs, a reward model is a sequence classification with one; train one with "
+            "`prefero reward`"
+        )
+
+
 def load_model_reward(folder: Path, max_length: int, batch_size: int, clamp: float = 0.0) -> ModelReward:
     """A reward model with its own tokenizer, from the folder that the reward stage exported.
 
     Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
     """
+    check_judge(str(folder))
     model = RewardModel.from_pretrained(str(folder))
     model.requires_grad_(False)
+    max_length = Limits.of(model.model.config).shorten(max_length)
     tokenizer = load_tokenizer(str(folder))
     mean, std = read_statistics(folder)
     return ModelReward(model, tokenizer, batch_size, max_length, shift=mean, scale=std, clamp=clamp or None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefero.config import ConfigError, load_config
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
+from prefero.recipes.preflight import preflight
 from prefero.recipes.session import Session, open_session
 from prefero.recipes.show import show_result
 from prefero.tracking.report import write_report
@@ -26,9 +27,10 @@ def run(command: str, config: str, overrides: Sequence[str], out: str = "", over
     stage = "pipeline" if command == "quickstart" else command
     path = find_config(config)
     settings = load_config(path, overrides, section=stage)
+    sources = preflight(settings, stage)
     folder = Path(out) if out else free_folder(command if command == "quickstart" else f"{path.stem}-{command}")
     print(f"run folder: {folder}", file=sys.stderr)
-    with open_session(settings, folder, overwrite=overwrite, stage=stage) as session:
+    with open_session(settings, folder, overwrite=overwrite, stage=stage, sources=sources) as session:
         _STAGES[stage](session)
         write_report(session.run.path)
     show_result(folder)

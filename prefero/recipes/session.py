@@ -17,12 +17,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
 
 from prefero.config import Config, to_dict
 from prefero.data.loader import Loader
 from prefero.models.auto import AutoActor
 from prefero.models.base import Actor
-from prefero.models.loading import load_tokenizer
+from prefero.models.loading import enable_checkpointing, load_tokenizer
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies.base import Strategy
 from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
@@ -68,13 +69,22 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, folder: Path, *, overwrite: bool = False, stage: str = "") -> Iterator[Session]:
-    """Makes the run folder, seeds everything, opens the logs; what was written stays readable whatever happens."""
+def open_session(
+    config: Config, folder: Path, *, overwrite: bool = False, stage: str = "", sources: Sources | None = None
+) -> Iterator[Session]:
+    """Makes the run folder, seeds everything, opens the logs; what was written stays readable whatever happens.
+
+    sources: where rows come from, where they were opened before.
+    """
+    # Bars of a second or two break into the lines of the run's own display.
+    transformers_logging.disable_progress_bar()
     seed_everything(config.seed)
+    if sources is None:
+        sources = open_sources(config.data, config.seed)
     with RunFolder.create(folder, to_dict(config), overwrite=overwrite) as run:
         logs: list[Tracker] = [run.tracker(stage), ConsoleTracker()]
         with Trackers(logs) as tracker:
-            yield Session(config, run, tracker, open_sources(config.data, config.seed))
+            yield Session(config, run, tracker, sources)
 
 
 def seed_everything(seed: int) -> None:
@@ -106,6 +116,8 @@ def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> 
                 "model.path is empty and the data brings no model of its own; "
                 "give a folder, a hub name or a fetched name, e.g. --model.path smollm2"
             )
+        if config.model.gradient_checkpointing:
+            enable_checkpointing(fresh[0])
         return Actor(fresh[0], lora_rank), fresh[1]
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.tokenizer or path, trust_remote_code=trust)

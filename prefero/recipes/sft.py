@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prefero.config import ConfigError
 from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
+from prefero.data.formats import SFTRow
+from prefero.data.tokenize import Example, TooLongError
+from prefero.recipes.limits import Limits
 from prefero.recipes.session import Session, Steps, adamw, load_policy, make_strategy, num_parameters, schedule
 from prefero.recipes.sources import Split
 from prefero.trainer import SFTTrainer
@@ -18,7 +22,8 @@ def train_sft(session: Session) -> Path:
     rank = config.model.lora_rank if settings.lora_rank < 0 else settings.lora_rank
     actor, tokenizer = load_policy(config, config.model.path, session.sources, rank)
     strategy = make_strategy(config, num_parameters(actor))
-    loader = _loader(session, tokenizer, "train")
+    limits = Limits.of(actor.model.config)
+    loader = _loader(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("sft", steps)
     actor, optimizer = strategy.prepare((actor, adamw(actor, settings.learning_rate, settings.weight_decay)))
@@ -27,7 +32,7 @@ def train_sft(session: Session) -> Path:
         strategy,
         optimizer,
         Steps(loader, steps),
-        _loader(session, tokenizer, "heldout"),
+        _loader(session, tokenizer, "heldout", limits),
         max_epochs=1,
         micro_batch_size=settings.micro_batch_size or None,
         scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
@@ -39,15 +44,24 @@ def train_sft(session: Session) -> Path:
     return session.run.model
 
 
-def _loader(session: Session, tokenizer: Any, split: Split) -> Loader[Any, TokenBatch]:
+def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:
     config, settings = session.config, session.config.sft
     rows = session.sources.sft(split)
     if settings.max_rows:
         rows = rows[: settings.max_rows]
-    examples = encode_rows(
-        rows,
-        lambda row: encode_sft(tokenizer, row, settings.max_length, truncate="right", chat=config.data.chat),
-    )
+
+    def encode(row: SFTRow) -> Example:
+        try:
+            example = encode_sft(tokenizer, row, settings.max_length, truncate="right", chat=config.data.chat)
+        except TooLongError:
+            raise ConfigError(
+                f"{row.id}: the prompt alone fills sft.max_length {settings.max_length}, nothing is left to imitate; "
+                "raise it, or leave the row out"
+            ) from None
+        limits.check(row.id, example.token_ids, "lower sft.max_length")
+        return example
+
+    examples = encode_rows(rows, encode)
     filler = pad_id(tokenizer)
     return Loader(
         examples,

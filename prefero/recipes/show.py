@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def show_result(folder: Path) -> None:
 
 
 def _side(row: dict[str, Any], side: str) -> dict[str, Any]:
-    return {"prompt": row["prompt"], "completion": row[side], "gold": row[f"gold_{side}"]}
+    return {"prompt": row["prompt"], "completion": row[side], "gold": row.get(f"gold_{side}")}
 
 
 def _numbers(summary: dict[str, Any]) -> list[str]:
@@ -51,9 +52,13 @@ def _places(run: RunFolder) -> list[str]:
 def _next(run: RunFolder) -> list[str]:
     lines = ["", "next:"]
     if (run.model / "generation_config.json").is_file():
-        lines += [f"  prefero chat {run.path}", f'  prefero generate {run.path} --prompt "how was the hotel ?"']
+        lines += [f"  prefero chat {_quoted(run.path)}", f"  prefero generate {_quoted(run.path)} --prompt TEXT"]
     if run.config().get("data", {}).get("world") == "grammar":
         lines.append("  prefero quickstart --kl-coef 0        # watch a reward being over-optimised")
         lines.append("  prefero fetch smollm2 minilm rotten-tomatoes   # then: a real model, on this machine")
         lines.append("  prefero pipeline configs/smollm2-sentiment.yaml")
     return lines if len(lines) > 2 else []
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from prefero.data.formats import (
     Demonstration,
     PromptRow,
     SFTRow,
+    Table,
     to_preferences,
     to_prompts,
     to_sft,
@@ -25,6 +27,7 @@ from prefero.data.grammar import GrammarWorld
 from prefero.data.sources import Rows, read_rows
 from prefero.recipes.evaluation import Yardsticks
 from prefero.rewards.functions import FunctionReward
+from prefero.tracking.text import for_terminal
 from prefero.types import Prompt
 
 Split = Literal["train", "heldout"]
@@ -114,6 +117,7 @@ class FileSources(Sources):
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        self._known: dict[str, Sequence[Any]] = {}
 
     def sft(self, split: Split) -> Sequence[SFTRow]:
         return self._split(self._read("sft", to_sft), split)
@@ -124,19 +128,23 @@ class FileSources(Sources):
     def prompts(self, split: Split) -> Sequence[PromptRow]:
         return self._rows("prompts", to_prompts, split)
 
-    def _rows(self, name: str, convert: Callable[..., Sequence[RowT]], split: Split) -> Sequence[RowT]:
+    def _rows(self, name: str, convert: Callable[..., Table[RowT]], split: Split) -> Sequence[RowT]:
         if getattr(self.config, f"{name}_heldout"):
             return self._read(name if split == "train" else f"{name}_heldout", convert)
         return self._split(self._read(name, convert), split)
 
-    def _read(self, key: str, convert: Callable[..., Sequence[RowT]]) -> Sequence[RowT]:
+    def _read(self, key: str, convert: Callable[..., Table[RowT]]) -> Sequence[RowT]:
         path = getattr(self.config, key)
         if not path:
             raise ConfigError(
                 f"data.{key} is empty but this stage needs it; give a file or hub name with "
                 f"--data.{key.replace('_', '-')}, skip the stage, or choose a built-in world (--data.world grammar)"
             )
-        return convert(read_rows(path, max_bad_rows=self.config.max_bad_rows))
+        if key not in self._known:  # both splits of every stage ask for them
+            table = convert(read_rows(path, max_bad_rows=self.config.max_bad_rows))
+            _say_what_is_missing(table)
+            self._known[key] = table
+        return self._known[key]
 
     def _split(self, rows: Sequence[RowT], split: Split) -> Sequence[RowT]:
         fraction = self.config.heldout_fraction
@@ -147,6 +155,16 @@ class FileSources(Sources):
                 "give more rows, another fraction, or a held-out file"
             )
         return kept
+
+
+def _say_what_is_missing(table: Table[Any]) -> None:
+    for line, why in table.bad[:5]:
+        print(f"{table.source}:{line}: left out: {for_terminal(why, 200)}", file=sys.stderr)
+    if table.bad:
+        print(f"{table.source}: {len(table.bad)} bad rows left out, {len(table)} kept", file=sys.stderr)
+    for why, count in table.dropped.items():
+        if count:
+            print(f"{table.source}: {count} rows left out ({why})", file=sys.stderr)
 
 
 def _share(row: PromptRow | Comparison | SFTRow) -> float:

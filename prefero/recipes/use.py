@@ -50,7 +50,7 @@ def sampling(args: Namespace, context: int | None, prompt_length: int) -> Sampli
     """The sampling flags as parameters; temperature 0 means greedy, no maximum means what the context leaves."""
     room = _MAX_NEW_TOKENS if context is None else max(1, min(_MAX_NEW_TOKENS, context - prompt_length))
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens or room,
+        max_new_tokens=room if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature or 1.0,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -63,6 +63,8 @@ def generate(args: Namespace) -> None:
     """`prefero generate`: completions of prompts from the command line, a file or standard input."""
     if args.num_samples < 1:
         raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out is {args.out}, but there is no folder {Path(args.out).parent}; make it first")
     actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, id) for id, text in _texts(args)]
     params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
@@ -90,7 +92,7 @@ def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
     if args.prompts and args.prompt:
         raise ValueError("--prompt and --prompts are both given; use one")
     if args.prompts:
-        for row in to_prompts(read_rows(args.prompts)):
+        for row in to_prompts(read_rows(args.prompts, max_bad_rows=args.max_bad_rows)):
             yield row.id, row.prompt
         return
     texts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]

@@ -37,6 +37,12 @@ def test_named_rewards_can_be_given_on_the_command_line() -> None:
     assert config.ppo.rewards["mine"].weight == 2.0
 
 
+@pytest.mark.parametrize("text", ["rule:contains:", "12", "no", "", "a: b"])
+def test_a_flag_for_text_takes_it_as_it_is_typed(text: str) -> None:
+    assert load_config(None, ["--model.path", text]).model.path == text
+    assert load_config(None, [f"--model.path={text}"]).model.path == text
+
+
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "sft:\n  learning_rate: 5e-6\n")).sft.learning_rate == 5e-6
 
@@ -66,6 +72,18 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
         ("", ["--reward.skip"], "PPO has no reward"),
         ("", ["--reward.skip", "--rewards.a.use", "trained"], "reward.skip is true"),
         ("", ["--world", "grammar", "--data.sft", "x.jsonl"], "brings its own rows"),
+        ("", ["--steps", "--ppo.steps"], "--steps could mean"),
+        ("", ["--ppo.steps"], "--ppo.steps needs a value"),
+        ("ppo: {steps: true}\n", [], "ppo.steps: True will not do: input should be a number"),
+        ("ppo: {rewards: {a: {use: vader, weight: true}}}\n", [], "ppo.rewards.a.weight: True"),
+        ("", ["--ppo.learning-rate", "inf"], "ppo.learning_rate.*finite"),
+        ("", ["--seed", "4294967296"], "seed: 4294967296"),
+        ("", ["--ppo.steps", "3", "--critic-warmup", "3"], "the actor would never learn"),
+        ("", ["--reward.loss", "log_exp", "--centering", "0.1"], "needs reward.loss log_sig"),
+        ("", ["--rewards.a.use", "vader", "--rewards.a.clamp", "3"], "clamp limits a reward model's score"),
+        ("", ["--rewards.a.use", "vader", "--gold", "vader"], "is trained on; an independent scorer"),
+        ("", ["--gold", "trained"], "the reward itself"),
+        ("", ["--model.tokenizer", "x"], "model.path is empty"),
         ("ppo: {rewards: {a: {uses: x}}}\n", [], "unknown key ppo.rewards.a.uses; did you mean ppo.rewards.a.use"),
     ],
 )

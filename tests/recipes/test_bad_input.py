@@ -1,0 +1,241 @@
+"""Bad input through the real command line: one line that names row or key, value and cure; no folder left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_pipeline import write_own_data
+from tiny import tiny_llama, tiny_tokenizer
+
+from prefero.cli import main
+
+REWARDS = """
+def fine(prompt, completion, **columns):
+    return 1.0
+def nothing(prompt, completion, **columns):
+    return None
+def text(prompt, completion, **columns):
+    return "good"
+def several(prompt, completion, **columns):
+    return [1.0, 2.0]
+def fails(prompt, completion, **columns):
+    return columns["answer"]
+def waits(prompt, completion, **columns):
+    import time
+    print("WAITING", flush=True)
+    time.sleep(60)
+"""
+CONFIG = """
+data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
+model: {path: base}
+sft: {steps: 1, batch_size: 8}
+reward: {steps: 1, batch_size: 8}
+ppo:
+  steps: 1
+  prompts_per_step: 4
+  train_batch_size: 4
+  max_new_tokens: 4
+  rewards: {r: {use: "rewards.py:fine"}}
+evaluate: {num_prompts: 4}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's project: a model, a config, three data sets, rewards, and what may be wrong with each."""
+    monkeypatch.chdir(tmp_path)
+    write_own_data(tmp_path, tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    small = tiny_llama(10)
+    for name, model in (("small", small), ("bare", tiny_llama(len(tokenizer)))):
+        model.save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "small")
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    files = {
+        "empty.jsonl": [],
+        "corrupt.jsonl": [*lines[:5], '{"prompt": "how', *lines[5:]],
+        "no_column.jsonl": ['{"promt": "how"}'] * 9,
+        "long.jsonl": [*lines, json.dumps({"prompt": "good bad " * 100})],
+        "no_answer.jsonl": ['{"prompt": "how", "completion": ""}'] * 9,
+    }
+    for name, rows in files.items():
+        (tmp_path / name).write_text("".join(row + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--data.prompts", "nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
+        (["--data.prompts", "empty.jsonl"], ["empty.jsonl: no rows"]),
+        (["--data.prompts", "corrupt.jsonl"], ["corrupt.jsonl:6: not valid JSON", "--max-bad-rows"]),
+        (["--data.prompts", "no_column.jsonl"], ["no_column.jsonl", "did you mean 'prompt'"]),
+        (["--data.sft", "no_answer.jsonl"], ["no_answer.jsonl:1: column 'completion' is empty"]),
+        (["--data.preferences", "sft.jsonl"], ["sft.jsonl: columns prompt, completion are no shape"]),
+        (["--data.prompts", "long.jsonl"], ["long.jsonl:33", "context of 128", "data.truncate"]),
+        (["--data.prompts", "long.jsonl", "--max-prompt-length", "64"], ["long.jsonl:33", "data.max_prompt_length"]),
+        (["--max-new-tokens", "500"], ["prompts.jsonl:1", "500 new ones", "lower ppo.max_new_tokens"]),
+        (["--data.chat", "true"], ["no chat template"]),
+        (["--model.path", "nowhere"], ["unknown model 'nowhere'"]),
+        (["--model.path", "bsae"], ["did you mean 'base'"]),
+        (["--model.path", ""], ["model.path is empty"]),
+        (["--model.path", "small"], ["prompts.jsonl:1", "vocabulary has 10", "model.tokenizer"]),
+        (["--reward.model", "nowhere"], ["unknown model 'nowhere'"]),
+        (["--critic-layers", "9"], ["ppo.critic_layers is 9", "only 2 layers"]),
+        (["--strategy.device", "quantum"], ["quantum"]),
+        (["--sft.skip", "--model.path", ""], ["sft.skip is true and model.path is empty"]),
+        (["--rewards.r.use", "rule:foo"], ["the rules are contains"]),
+        (["--rewards.r.use", "rule:max_words"], ["whole number", "rule:max_words:30"]),
+        (["--rewards.r.use", "rule:ends_with_eos:5"], ["takes nothing after its name"]),
+        (["--rewards.r.use", "model:base"], ["base is no reward model", "LlamaForCausalLM"]),
+        (["--rewards.r.use", "model:nowhere"], ["unknown model 'nowhere'"]),
+        (["--rewards.r.use", "nowhere.py:f"], ["there is no file"]),
+        (["--rewards.r.use", "rewards.py:fien"], ["did you mean fine"]),
+        (["--rewards.r.use", "broken.py:f"], ["broken.py:1", "SyntaxError"]),
+        (["--rewards.r.use", ""], ["ppo.rewards.r.use"]),
+        (["--evaluate.gold", "foo"], ["'foo'", "rule:NAME or vader"]),
+    ],
+)
+def test_a_pipeline_that_cannot_end_does_not_begin(
+    folder: Path, flags: list[str], messages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pipeline", "own.yaml", "--out", "run", *flags]) == 2
+    shown = capsys.readouterr()
+    error = shown.err.strip().splitlines()[-1]
+    assert error.startswith("prefero: error: ")
+    assert all(message in error for message in messages), error
+    assert "sft" not in shown.out
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["sft", "--model.path", "small"], ["sft.jsonl:1", "vocabulary has 10"]),
+        (["reward", "--model.path", "small"], ["pairs.jsonl:1", "vocabulary has 10"]),
+        (["sft", "--max-length", "4"], ["sft.jsonl:1", "sft.max_length 4"]),
+        (["sft", "--model.path", "bare"], ["tokenizer"]),
+        (["ppo", "--rewards.r.use", "rewards.py:nothing"], ["None", "for prompt", "how was", "return a number"]),
+        (["ppo", "--rewards.r.use", "rewards.py:text"], ["'good'", "for prompt", "how was"]),
+        (["ppo", "--rewards.r.use", "rewards.py:several"], ["[1.0, 2.0]", "one finite number per completion"]),
+        (["ppo", "--rewards.r.use", "rewards.py:fails"], ["KeyError: 'answer'", "how was", "rewards.py:11"]),
+    ],
+)
+def test_a_stage_that_meets_bad_input_names_it(
+    folder: Path, flags: list[str], messages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([flags[0], "own.yaml", "--out", "run", *flags[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "prefero: error: " in error
+    assert all(message in error for message in messages), error
+
+
+def test_bad_rows_within_the_budget_are_named_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", "own.yaml", "--out", "run", "--data.prompts", "corrupt.jsonl", "--max-bad-rows", "1"]) == 0
+    notes = capsys.readouterr().err
+    assert notes.count("corrupt.jsonl:6: left out: not valid JSON") == 1
+    assert "corrupt.jsonl: 1 bad rows left out, 32 kept" in notes
+
+
+def test_without_a_gold_scorer_nothing_is_called_gold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", "own.yaml", "--out", "run"]) == 0
+    assert "gold" not in capsys.readouterr().out
+    assert "gold" not in Path("run/samples.jsonl").read_text()
+
+
+def test_a_model_without_a_tokenizer_is_used_with_another_s(folder: Path) -> None:
+    flags = ["--model.path", "bare", "--model.tokenizer", "base", "--sft.skip"]
+    assert main(["pipeline", "own.yaml", "--out", "run", *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--level", "sequence", "--kl-target", "2"],
+        ["--model.lora-rank", "2"],
+        ["--ppo.num-samples", "2", "--save-every", "1", "--ppo.steps", "2"],
+        ["--precision", "bf16"],
+        ["--gradient-checkpointing", "--critic-layers", "1"],
+        ["--evaluate.gold", "rule:max_words:2", "--best-of", "2"],
+    ],
+)
+def test_switches_of_ppo_run_and_leave_a_whole_folder(
+    folder: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ppo", "own.yaml", "--out", "run", *flags]) == 0
+    output = capsys.readouterr()
+    assert "Writing model" not in output.err + output.out  # transformers' own bars
+    assert json.loads(Path("run/summary.json").read_text())["kl"] is not None
+    assert Path("run/model/config.json").is_file()
+    saved = Path("run/checkpoints/step-000001/config.json")
+    assert saved.is_file() == ("--save-every" in flags)
+
+
+def interrupted(how: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:
+    arguments = ["ppo", "own.yaml", "--out", "run", "--rewards.r.use", "rewards.py:waits"]
+    command = [sys.executable, "-m", "prefero", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert any("WAITING" in line for line in process.stdout)
+        time.sleep(0.1)
+        how(process)
+        _, errors = process.communicate(timeout=30)
+        return process.returncode, errors
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+
+
+@pytest.mark.parametrize(("how", "status"), [(stop, 130), (kill, -signal.SIGKILL)])
+def test_a_run_that_was_stopped_stays_readable(
+    folder: Path, how: Callable[[subprocess.Popen[str]], None], status: int
+) -> None:
+    code, errors = interrupted(how)
+    assert code == status
+    assert "Traceback" not in errors
+    assert main(["report", "run"]) == 0
+    assert "default-src" in Path("run/report.html").read_text()
+    assert main(["ppo", "own.yaml", "--out", "run"]) == 2
+    assert main(["ppo", "own.yaml", "--out", "run", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "500"], "context of 128"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "2"], "top_p"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--out", "nowhere/x.jsonl"], "no folder nowhere"),
+    ],
+)
+def test_generate_refuses_odd_settings(
+    folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "base", "--prompt", "how was", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_leaves_out_bad_rows_as_its_error_advises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "base", "--prompts", "corrupt.jsonl", "--max-new-tokens", "2"]
+    assert main(arguments) == 2
+    assert "--max-bad-rows" in capsys.readouterr().err
+    assert main([*arguments, "--max-bad-rows", "1"]) == 0
