@@ -24,9 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from prefero.tracking.base import as_number, paired_samples
-from prefero.tracking.names import duration, headline, leaf, short
+from prefero.tracking.names import duration, headline, kind, leaf, section, short
 from prefero.tracking.text import for_terminal
 
+# The names worth a line while a run goes on; everything else is in metrics.jsonl and the report.
+_LEAVES = frozenset({"loss", "accuracy", "eval_loss", "eval_accuracy", "on_topic"})
+_INNER = frozenset({"policy", "value"})  # PPO's two losses hover around numbers that say nothing
 _NARROW = 76  # below this, four columns of text are unreadable
 
 
@@ -45,7 +48,10 @@ def print_plain(line: str, stream: TextIO) -> None:
 
 @dataclass
 class _Running:
-    """The stage that runs now; times in seconds of the tracker's clock, shown: when the last line was printed."""
+    """The stage that runs now; times in seconds of the tracker's clock.
+
+    shown, shown_step: when the last line was printed, and the step it was about.
+    """
 
     stage: str
     total: int | None
@@ -55,6 +61,7 @@ class _Running:
     first_step: int = 0
     first_time: float = 0.0
     shown: float | None = None
+    shown_step: int | None = None
 
 
 class ConsoleTracker:
@@ -95,8 +102,10 @@ class ConsoleTracker:
         now.step = step
         if self._display:
             self._display.update(step, self._numbers())
+        elif now.shown_step == step:
+            pass  # further numbers of a step that has its line go into the next one
         elif now.shown is None or time_now - now.shown >= self._every:
-            now.shown = time_now
+            now.shown, now.shown_step = time_now, step
             of = f"/{now.total} ({100 * step / now.total:.0f}%)" if now.total else ""
             print_plain(f"{now.stage or 'run'}: step {step}{of}  {self._numbers()}{self._left()}", self._stream)
 
@@ -119,11 +128,12 @@ class ConsoleTracker:
 
     def _numbers(self) -> str:
         latest = self._now.latest
-        names = [name for name in self._headlines if name in latest] or headline(latest)
+        telling = [name for name in latest if kind(name) or (leaf(name) in _LEAVES and section(name) not in _INNER)]
+        names = [name for name in self._headlines if name in latest] or headline(telling or latest)
         leaves = [leaf(name) for name in names]
         labels = [name if leaves.count(last) > 1 else last for name, last in zip(names, leaves, strict=True)]
         pairs = zip(labels, names, strict=True)
-        return "  ".join(f"{for_terminal(label, 40)} {short(latest[name])}" for label, name in pairs)
+        return "  ".join(f"{for_terminal(label, 40)} {_shown(name, latest[name])}" for label, name in pairs)
 
     def _left(self) -> str:
         now = self._now
@@ -142,6 +152,11 @@ class ConsoleTracker:
             self._display.end(line)
         else:
             print_plain(line, self._stream)
+
+
+def _shown(name: str, value: float) -> str:
+    """A number for the line: the curves' rounding errors (a KL of -2e-07) are zero to a reader."""
+    return short(round(value, 4) + 0.0) if kind(name) else short(value)
 
 
 class _LiveDisplay:

@@ -51,16 +51,19 @@ def test_plain_lines_one_an_interval() -> None:
     tracker.start("ppo", 100)
     for step in range(1, 13):
         tracker.log(
-            {"ppo/actor_loss": 0.25, "rollout/reward": step / 10} | ({"eval/gold": 2.0} if step == 2 else {}), step
+            {"ppo/loss": 0.25, "rollout/reward": step / 10, "policy/loss": 9.0, "actor/gradient_norm_max": 9.0}
+            | ({"eval/gold": 2.0} if step == 2 else {}),
+            step,
         )
+        tracker.log({"eval/kl": -2e-7}, step)  # more of the same step: no line of its own
         clock.now += 1
     tracker.start("eval")
     tracker.close()
     assert stream.getvalue().splitlines() == [
-        "ppo: step 1/100 (1%)  reward 0.1  actor_loss 0.25",
-        "ppo: step 6/100 (6%)  reward 0.6  gold 2  actor_loss 0.25  1m34s left",
-        "ppo: step 11/100 (11%)  reward 1.1  gold 2  actor_loss 0.25  1m29s left",
-        "ppo done: step 12  reward 1.2  gold 2  actor_loss 0.25  in 12s",
+        "ppo: step 1/100 (1%)  reward 0.1  loss 0.25",
+        "ppo: step 6/100 (6%)  reward 0.6  gold 2  kl 0  loss 0.25  1m34s left",
+        "ppo: step 11/100 (11%)  reward 1.1  gold 2  kl 0  loss 0.25  1m29s left",
+        "ppo done: step 12  reward 1.2  gold 2  kl 0  loss 0.25  in 12s",
     ]
 
 
@@ -101,7 +104,7 @@ def test_live_display_shows_progress_and_keeps_a_line_a_stage() -> None:
     for stage in ("sft", "ppo"):
         tracker.start(stage, 10)
         for step in range(1, 11):
-            tracker.log({f"{stage}/loss": 1 / step, f"{stage}/[bold]x": 1.0}, step)
+            tracker.log({f"{stage}/loss": 1 / step, f"{stage}/minor": 1.0}, step)
         tracker.log_samples([{"prompt": "[red]p", "completion": "\x1b]0;evil\x07c"}], 10)
         assert tracker._display is not None
         tracker._display._live.refresh()
@@ -110,7 +113,7 @@ def test_live_display_shows_progress_and_keeps_a_line_a_stage() -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     assert "10/10" in plain
     assert "[red]p → c" in plain
-    assert "  loss 0.1  [bold]x 1\n" in plain
+    assert "  loss 0.1\n" in plain
     assert plain.count("sft done: step 10  loss 0.1") == 1
     assert plain.count("ppo done: step 10  loss 0.1") == 1
     assert commands(output) == []
