@@ -260,21 +260,25 @@ class PPO(OnlineAlgorithm):
             masked.fill(logprobs, mask), old_logprobs, masked.fill(advantages, mask),
             settings.clip_low, clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
+        clip_fraction, approx_kl = policy.ppo_clip_stats(
+            logprobs, old_logprobs, mask, settings.clip_low, clip_high, norm=total, how=self._how
+        )
         with torch.no_grad():
-            log_ratio = masked.fill(logprobs, mask) - old_logprobs
-            outside = (log_ratio.exp() < 1.0 - settings.clip_low) | (log_ratio.exp() > 1.0 + clip_high)
             metrics = {
-                "policy/clip_fraction": self._average(outside.to(log_ratio.dtype), mask, total),
-                "policy/approx_kl": self._average(0.5 * log_ratio.square(), mask, total),
+                "policy/clip_fraction": clip_fraction,
+                "policy/approx_kl": approx_kl,
                 "policy/entropy": self._average(entropy, mask, total),
-                "policy/ratio_max": log_ratio.max().exp(),
+                "policy/ratio_max": (masked.fill(logprobs, mask) - old_logprobs).max().exp(),
             }
         return Loss("actor", self._average(per_token, mask, total), metrics)
 
     def _average(self, per_token: Tensor, mask: Tensor, total: float) -> Tensor:
         """Sum over tokens / total tokens; at the sequence level sum of the rows' token means / total rows."""
-        how = "sequence_mean" if self.settings.level == "sequence" else "token_mean"
-        return masked.aggregate(per_token, mask, how=how, norm=total)
+        return masked.aggregate(per_token, mask, how=self._how, norm=total)
+
+    @property
+    def _how(self) -> str:
+        return "sequence_mean" if self.settings.level == "sequence" else "token_mean"
 
     def _critic_loss(self, batch: Experience, total: float) -> Loss:
         mask = batch.action_mask.bool()

@@ -121,13 +121,13 @@ class Loader(Generic[T, B]):
         groups: dict[Hashable, list[int]] = {}
         for index in order:
             groups.setdefault(self.group_by(self.items[index]), []).append(index)
-        waiting = list(groups.values())
+        waiting = list(groups.values())[::-1]  # the front at the end, where taking one away moves little
         result: list[int] = []
         while waiting:
             room = self.batch_size - len(result) % self.batch_size
-            fitting = (i for i, group in enumerate(waiting[:_LOOKAHEAD]) if len(group) <= room)
+            fitting = (i for i in range(1, min(_LOOKAHEAD, len(waiting)) + 1) if len(waiting[-i]) <= room)
             # nothing fits: fill up with the front group, whose rest goes on in the next batch
-            result += waiting.pop(next(fitting, 0))
+            result += waiting.pop(-next(fitting, 1))
         return result
 
     def _by_length(self, order: list[int]) -> list[int]:

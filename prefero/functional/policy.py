@@ -43,19 +43,20 @@ def ppo_clip_stats(
     clip_low: float,
     clip_high: float,
     norm: float | Tensor | None = None,
+    how: str = "token_mean",
 ) -> tuple[Tensor, Tensor]:
     """How far one update moved the policy: (clip_fraction, approx_kl), two scalars without gradient.
 
     logprobs, old_logprobs, mask: [B, T]. clip_fraction is the part of tokens whose ratio lies outside
-    [1 - clip_low, 1 + clip_high]; approx_kl is the mean of half the squared log-ratio, in nats per token. Both are
-    sums divided by `norm`, by default the number of tokens in `mask`. ValueError as in `masked.aggregate`. Source:
+    [1 - clip_low, 1 + clip_high]; approx_kl is the mean of half the squared log-ratio, in nats per token. `norm` and
+    `how` are those of `masked.aggregate`, by default the mean over the tokens in `mask`; so is the ValueError. Source:
     lm-human-preferences `policy/clipfrac` and `policy/approxkl` (arXiv:1909.08593).
     """
     log_ratio = masked.fill(logprobs.detach(), mask) - masked.fill(old_logprobs.detach(), mask)
     ratio = log_ratio.exp()
     outside = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
-    clip_fraction = masked.aggregate(outside.to(ratio.dtype), mask, norm=norm)
-    return clip_fraction, masked.aggregate(0.5 * log_ratio.square(), mask, norm=norm)
+    clip_fraction = masked.aggregate(outside.to(ratio.dtype), mask, how, norm)
+    return clip_fraction, masked.aggregate(0.5 * log_ratio.square(), mask, how, norm)
 
 
 def _clipped_surrogate(

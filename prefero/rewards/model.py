@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefero.data.collate import right_pad
 from prefero.data.spelling import frame, pad_id
 from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt, keep_end
 from prefero.models.trunk import evaluating
@@ -102,7 +103,7 @@ class ModelReward:
         with torch.no_grad(), evaluating(self.reward_model):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
-                token_ids, mask = _right_padded([texts[i] for i in rows], pad_id(self.tokenizer))
+                token_ids, mask = right_pad([texts[i] for i in rows], pad_id(self.tokenizer))
                 output: Tensor = self.reward_model(token_ids.to(device), mask.to(device))
                 if output.shape != (len(rows),):
                     raise ValueError(
@@ -112,16 +113,6 @@ class ModelReward:
                 for row, value in zip(rows, output.float().tolist(), strict=True):
                     results[row] = value
         return results
-
-
-def _right_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(sequence) for sequence in sequences)
-    token_ids = torch.full((len(sequences), width), pad)
-    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        token_ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return token_ids, mask
 
 
 def _at_least(key: str, value: object, least: int) -> None:
