@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,14 +17,14 @@ def _whole(rule: str, key: str, value: object, least: int) -> None:
         raise ValueError(f"{rule} {key} is {value!r}: give a whole number, {least} or more")
 
 
-class _Rule:
+class _Rule(ABC):
     """A reward that looks at one rollout at a time."""
 
     name: str
 
+    @abstractmethod
     def score(self, rollout: Rollout) -> float:
         """The rule's number for one rollout."""
-        raise NotImplementedError
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One score a rollout."""

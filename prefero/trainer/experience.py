@@ -74,6 +74,10 @@ class NaiveExperienceMaker(ExperienceMaker):
             sequences, attention_mask, action_mask = self.actor.generate(
                 input_ids, return_action_mask=True, **generate_kwargs
             )
+            # Generation fills up to max_length; nobody needs to judge columns that no answer reaches.
+            width = sequences.shape[1] - action_mask.shape[1] + int(action_mask.sum(1).max())
+            sequences, attention_mask = sequences[:, :width], attention_mask[:, :width]
+            action_mask = action_mask[:, : width - input_ids.shape[1]]
             scores = self.reward_model(sequences, attention_mask)
             ended = _ended(sequences, action_mask, eos_ids(self.actor.model, generate_kwargs.get("eos_token_id")))
             return algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)

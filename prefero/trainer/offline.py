@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Generic, Literal, TypeVar
 
@@ -22,7 +23,7 @@ BatchT = TypeVar("BatchT")
 Schedule = LRScheduler | Literal["cosine", "constant"]
 
 
-class OfflineTrainer(Generic[BatchT]):
+class OfflineTrainer(ABC, Generic[BatchT]):
     """Epochs over `train_batches`; subclasses say what a batch is and how it is cut into micro-batches."""
 
     def __init__(
@@ -70,12 +71,13 @@ class OfflineTrainer(Generic[BatchT]):
             raise ValueError("scheduler='cosine' needs the number of batches: give data with a length, or a scheduler")
         return cosine(self.learner.optimizer, len(self.train_batches) * self.max_epochs)
 
+    @abstractmethod
     def _micro_batches(self, batch: BatchT) -> Sequence[BatchT]:
-        raise NotImplementedError
+        """The batch cut into what is forwarded at once."""
 
+    @abstractmethod
     def _prepared(self, batch: Any) -> BatchT:
         """A batch of the loader on the device of the model."""
-        raise NotImplementedError
 
     @property
     def model(self) -> nn.Module:

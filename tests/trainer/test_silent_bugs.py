@@ -76,7 +76,25 @@ def test_a_custom_stop_token_is_an_end() -> None:
     made = subject.collect([torch.tensor([3, 4])] * 32)
     ended = (made.sequences[:, 2:] == 5).any(1)
     assert ended.any() and not ended.all()
+    assert made.action_mask[:, -1].any()  # no column beyond the longest answer
     assert made.reward.tolist() == [0.0 if end else -10.0 for end in ended]
+
+
+def test_columns_that_no_answer_reaches_are_not_judged() -> None:
+    class Width(CountsToken):
+        def forward(self, sequences: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            widths.append(sequences.shape[1])
+            return super().forward(sequences, attention_mask)
+
+    widths: list[int] = []
+    every = list(range(3, 12))  # any token but three ends an answer: all are short
+    subject = trainer(algorithm(), reward_model=Width(5), max_length=60, eos_token_id=every, pad_token_id=0)
+    torch.manual_seed(0)
+    made = subject.collect([torch.tensor([3, 4])] * 4)
+    longest = int(made.action_mask.sum(1).max())
+    assert longest < 20
+    assert made.sequences.shape[1] == widths[0] == 2 + longest == made.attention_mask.shape[1]
+    assert made.num_actions == longest
 
 
 def test_a_trained_adapter_generates_what_the_trainer_recomputes() -> None:
