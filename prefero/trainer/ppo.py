@@ -86,17 +86,7 @@ class PPOTrainer(Trainer):
         _freeze(initial_model, reward_model, trained=(actor, critic))
         self.algorithm = PPO(actor, critic, initial_model, settings)
         self.engine = engine
-        maker: ExperienceMaker
-        if engine is not None and sampling is not None:
-            maker = EngineExperienceMaker(
-                self.algorithm, engine, reward_model, sampling, num_samples, micro_batch_size
-            )  # fmt: skip
-        elif isinstance(reward_model, nn.Module):
-            maker = NaiveExperienceMaker(
-                actor, critic, reward_model, initial_model, algorithm=self.algorithm
-            )  # fmt: skip
-        else:
-            raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
+        maker = self._maker(reward_model, sampling, num_samples, micro_batch_size)
         super().__init__(
             strategy, maker, NaiveReplayBuffer(train_batch_size, buffer_limit, buffer_cpu_offload),
             experience_batch_size, max_epochs, tokenizer, sample_replay_buffer, dataloader_pin_memory, callbacks,
@@ -111,6 +101,16 @@ class PPOTrainer(Trainer):
         self.max_norm = max_norm
         self.schedulers = list(schedulers)
         self._whitening: Whitening | None = None
+
+    def _maker(
+        self, reward_model: Any, sampling: SamplingParams | None, num_samples: int, batch_size: int | None
+    ) -> ExperienceMaker:
+        ppo = self.algorithm
+        if self.engine is not None and sampling is not None:
+            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, batch_size)
+        if isinstance(reward_model, nn.Module):
+            return NaiveExperienceMaker(ppo.actor, ppo.critic, reward_model, ppo.reference, algorithm=ppo)
+        raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
 
     @property
     def last_rollouts(self) -> list[ScoredRollout]:
