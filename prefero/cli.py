@@ -119,7 +119,8 @@ def _add_help_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("names", nargs="+", metavar="NAME")
 
     add("doctor", "check this machine and installation", _doctor)
-    add("config", "list every config key with its type, default and meaning", _config)
+    command = add("config", "list every config key with its type, default and meaning", _config)
+    command.add_argument("--markdown", action="store_true", help="as the page docs/configuration.md")
 
 
 def _run_recipe(args: argparse.Namespace) -> None:
@@ -167,7 +168,11 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> None:
     from prefero.config import Config, describe, walk
+    from prefero.recipes.reference import config_markdown
 
+    if args.markdown:
+        print(config_markdown(), end="")
+        return
     for path, item in walk(Config):
         kind, default, sentence = describe(item)
         print(f"{'.'.join(path)}: {kind} = {default}\n    {sentence}")

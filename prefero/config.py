@@ -157,7 +157,7 @@ class RewardPart:
     """One term of the reward."""
 
     use: str = Field(
-        min_length=1, description="trained | model:FOLDER | module:function or file.py:function | rule:NAME | vader"
+        min_length=1, description="trained, model:FOLDER, module:function, file.py:function, rule:NAME or vader."
     )
     weight: float = Field(default=1.0, description="Factor in the sum.")
     clamp: float = Field(default=0.0, ge=0, description="Limit a reward model's score to ± this; 0: no limit.")
