@@ -193,7 +193,8 @@ def surface(module: str) -> dict[str, Any]:
             methods = {
                 method: ", ".join(arguments(function))
                 for method, function in sorted(vars(thing).items())
-                if not method.startswith("_") and inspect.isfunction(function)
+                # torch wraps an optimizer class's `step` in place once one of it has been made
+                if not method.startswith("_") and inspect.isfunction(function) and not hasattr(function, "hooked")
             }
             public[name] = {"()": ", ".join(arguments(thing)), **methods}
         else:
