@@ -131,7 +131,7 @@ def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> 
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
-    """Fused AdamW over the weights that train; norms, biases and embeddings are not decayed."""
+    """Fused AdamW over the weights that train; norms and biases are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
