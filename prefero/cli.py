@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Idle OpenMP threads that spin steal the cores of whatever runs beside; must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks is shown as a backslash escape; a model may write anything.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         known.run(known)
     except KeyboardInterrupt:

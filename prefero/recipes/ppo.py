@@ -65,6 +65,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
         schedulers=schedulers,
     )
     watcher.trainer = trainer
+    trainer.shows_progress = False
     prompts = load_prompts(config, session.sources, tokenizer, "train")
     session.tracker.start("ppo", settings.steps)
     trainer.fit(prompts, num_episodes=settings.steps, max_timesteps=1, update_timesteps=1)

@@ -42,7 +42,8 @@ def build_part(name: str, part: RewardPart, trained: Path | None, max_length: in
         if trained is None:
             raise ConfigError(
                 f"ppo.rewards.{name}.use is `trained`, but no reward model was trained before this stage; "
-                f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model"
+                f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model "
+                "(`prefero evaluate` takes it as --reward-model)"
             )
         return load_model_reward(trained, max_length, batch_size, part.clamp)
     if kind == "model":

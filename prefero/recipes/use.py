@@ -99,7 +99,16 @@ def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
     if not texts:
         raise ValueError("there is nothing to continue; give --prompt TEXT, --prompts FILE, or lines on standard input")
     for number, text in enumerate(texts, 1):
-        yield f"prompt {number}", text
+        yield f"prompt {number}", _checked(text, f"prompt {number}")
+
+
+def _checked(text: str, name: str) -> str:
+    """The text itself; bytes that a shell passed on but that are not UTF-8 are no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds bytes that are not UTF-8: {text!r:.80}; give it as UTF-8") from None
+    return text
 
 
 def chat(args: Namespace) -> None:
@@ -107,14 +116,17 @@ def chat(args: Namespace) -> None:
     actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
     engine, context = HFEngine(actor, tokenizer), _context(actor)
     templated = bool(tokenizer.chat_template)
-    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system and templated else []
+    if args.system and not templated:
+        raise ValueError(f"--system is given, but {args.model} has no chat template to put it in; leave it out")
+    system: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(system)
     note = "" if templated else " This model has no chat template: every line is continued on its own."
     print(f"Chatting with {args.model}. /new starts over, /exit or Ctrl-D leaves.{note}", file=sys.stderr)
     for turn, line in enumerate(_lines()):
         if line == "/new":
-            messages = messages[:1] if args.system and templated else []
+            messages = list(system)
             continue
-        messages.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": line.encode("utf-8", "replace").decode("utf-8")})
         question: str | Sequence[Message] = messages if templated else line
         try:
             prompt = encode_prompt(tokenizer, question, f"turn {turn}", max_length=context and context - 1)

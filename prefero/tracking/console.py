@@ -145,6 +145,8 @@ class ConsoleTracker:
     def _finish(self) -> None:
         now = self._now
         if now.step is None:
+            if self._display:
+                self._display.drop()
             return
         seconds = duration(self._clock() - now.started)
         line = f"{now.stage or 'run'} done: step {now.step}  {self._numbers()}  in {seconds}"
@@ -195,10 +197,14 @@ class _LiveDisplay:
         self._sample = line.append(completion)
         self._draw()
 
-    def end(self, line: str) -> None:
+    def drop(self) -> None:
+        """Takes the bar away: its stage ended, or never took a step."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task, self._numbers, self._sample = None, Text(), Text()
+
+    def end(self, line: str) -> None:
+        self.drop()
         self._draw(refresh=True)  # or the line below would be followed by what was drawn last
         self._console.print(Text("✓ ", style="green").append(line, style="default"))
 

@@ -52,6 +52,8 @@ class Trainer(ABC):
         self.dataloader_pin_memory = dataloader_pin_memory
         self.callbacks = list(callbacks)
         self.generate_kwargs = generate_kwargs
+        self.shows_progress = True
+        """Whether `fit` draws a bar on a terminal; a run with a display of its own switches it off."""
 
     @abstractmethod
     def training_step(self, experience: Experience) -> Metrics:
@@ -70,7 +72,7 @@ class Trainer(ABC):
         last = num_episodes * max_timesteps
         time = 0
         self._call("on_fit_start")
-        with Progress("fit", last, enabled=self.strategy.is_rank_0) as progress:
+        with Progress("fit", last, enabled=self.shows_progress and self.strategy.is_rank_0) as progress:
             for episode in range(num_episodes):
                 self._call("on_episode_start", episode)
                 for _ in range(max_timesteps):

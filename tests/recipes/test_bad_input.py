@@ -239,3 +239,67 @@ def test_generate_leaves_out_bad_rows_as_its_error_advises(folder: Path, capsys:
     assert main(arguments) == 2
     assert "--max-bad-rows" in capsys.readouterr().err
     assert main([*arguments, "--max-bad-rows", "1"]) == 0
+
+
+def test_generate_refuses_bytes_that_are_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "base", "--prompt", "\udcff movie"]) == 2
+    assert "prompt 1 holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
+def test_chat_refuses_a_system_message_that_has_no_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "base", "--system", "be kind"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_letters_gets_escapes(folder: Path) -> None:
+    command = [sys.executable, "-m", "prefero", "generate", "base", "--prompt", "ü movie", "--max-new-tokens", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"> \\xfc movie\n")
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_what_a_model_writes_is_no_command_to_the_terminal(
+    folder: Path, templated: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer(["\x1b]0;evil\x07\x1b[2J"] * 1 + [f"\x1b[{n}m" for n in range(30)])
+    if templated:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained("hostile")
+    tiny_llama(len(tokenizer)).save_pretrained("hostile")
+    lines = iter(["\x1b[1m", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "hostile", "--max-new-tokens", "20"]) == 0
+    assert main(["generate", "hostile", "--prompt", "\x1b[1m \x1b[2m", "--max-new-tokens", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "␛[" in shown
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+
+
+def test_a_terminal_shows_one_bar_at_a_time(folder: Path) -> None:
+    """On a pseudo-terminal: the run's own display, and no second bar from a trainer or from transformers."""
+    import pty
+
+    command = [sys.executable, "-m", "prefero", "ppo", "own.yaml", "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "60"}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # the other side is closed
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.wait(timeout=60) == 0
+    os.close(ours)
+    text = shown.decode()
+    assert "ppo done" in text
+    assert "0/?" not in text
+    assert "fit " not in text
+    assert "Writing" not in text

@@ -120,6 +120,17 @@ def test_live_display_shows_progress_and_keeps_a_line_a_stage() -> None:
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")  # the cursor is given back
 
 
+def test_a_stage_started_again_with_its_length_has_one_bar() -> None:
+    stream = Terminal()
+    tracker = ConsoleTracker(stream)
+    tracker.start("sft")
+    tracker.start("sft", 3)
+    tracker.log({"sft/loss": 1.0}, 1)
+    assert tracker._display is not None
+    assert [task.total for task in tracker._display._progress.tasks] == [3]
+    tracker.close()
+
+
 @pytest.mark.parametrize("width", [20, 60, 80, 200])
 def test_live_display_survives_hostile_text_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
