@@ -64,7 +64,7 @@ def main() -> None:
     free = args.out / f"seed-{first}-kl-0"
     kept, loose = finished(args.out / f"seed-{first}"), quickstart(free, "--seed", str(first), "--kl-coef", "0")
     assert kept is not None
-    print(f"\n| seed {first} | supervised model | default (`--kl-coef 0.1`) | `--kl-coef 0` |\n|---|---|---|---|")
+    print(f"\n| seed {first} | supervised model | default (`--kl-coef 0.2`) | `--kl-coef 0` |\n|---|---|---|---|")
     for key, label in (
         ("eval/reward", "reward, by the reward model"),
         ("eval/gold", "gold, by the hidden taste"),

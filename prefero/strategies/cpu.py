@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,19 +11,26 @@ import torch
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 # True float32 is wrong by 1e-6 here and bf16 by 4e-3: anything between tells them apart.
 _FP32_ERROR = 2e-5
-_WORTHWHILE = 1.15
 
 
 @lru_cache(maxsize=1)
-def cpu_flags() -> frozenset[str]:
-    """The instruction sets the kernel names for this CPU; empty where it names none (not Linux)."""
+def cpu_facts() -> dict[str, str]:
+    """What the kernel says of the first CPU; nothing where it says nothing (not Linux)."""
     file = Path("/proc/cpuinfo")
-    if not file.is_file():
-        return frozenset()
-    for line in file.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    lines = file.read_text().split("\n\n")[0].splitlines() if file.is_file() else []
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of this CPU."""
+    facts = cpu_facts()
+    return frozenset((facts.get("flags") or facts.get("Features") or "").split())
+
+
+def cpu_maker() -> str:
+    """Who made this CPU: "AuthenticAMD", "GenuineIntel", ..."""
+    return cpu_facts().get("vendor_id", "")
 
 
 def supports_bf16() -> bool:
@@ -61,32 +67,18 @@ def matmul_error(precision: str) -> float:
     return float((product.double() - exact).abs().max() / exact.abs().max())
 
 
-def matmul_seconds(precision: str, repeats: int = 5) -> float:
-    """The best time of a product of the shape of a small model's feed-forward layer."""
-    left, right = torch.randn(512, 576), torch.randn(576, 1536)
-    best = float("inf")
-    with _Route(precision):
-        _ = left @ right
-        for _ in range(repeats):
-            start = time.perf_counter()
-            _ = left @ right
-            best = min(best, time.perf_counter() - start)
-    return best
-
-
 def prefer_onednn_fp32(enabled: bool = True) -> bool:
-    """Sends float32 products through oneDNN where that is true float32 and clearly faster; returns whether it does.
+    """Sends float32 products through oneDNN where that is faster and true float32; returns whether it does.
 
-    On AMD CPUs torch's default library leaves half of the speed unused. The switch is named "bf16", and on CPUs with
-    AMX it really would compute in bf16: so the error is measured first, then the time. `enabled=False` or the
+    On AMD's CPUs torch's default library leaves half of the speed unused; on others it is as fast or faster. The maker
+    decides, not a stopwatch: a choice that hangs on how busy the machine is would make equal runs differ. The switch
+    is named "bf16", and some CPUs would really compute in bf16, so the error is measured first. `enabled=False` or the
     environment variable PREFERO_ONEDNN=0 leaves torch's default.
     """
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not enabled or not available or os.environ.get("PREFERO_ONEDNN") == "0":
         return False
-    if matmul_error("bf16") > _FP32_ERROR:
-        return False
-    if matmul_seconds("ieee") < _WORTHWHILE * matmul_seconds("bf16"):
+    if cpu_maker() != "AuthenticAMD" or matmul_error("bf16") > _FP32_ERROR:
         return False
     _set_route("bf16")
     return True

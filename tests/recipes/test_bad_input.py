@@ -180,12 +180,17 @@ def test_switches_of_ppo_run_and_leave_a_whole_folder(
     assert saved.is_file() == ("--save-every" in flags)
 
 
+def hears_ctrl_c() -> None:
+    # A test run that was put into the background ignores Ctrl-C, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(how: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:
     arguments = ["ppo", "own.yaml", "--out", "run", "--rewards.r.use", "rewards.py:waits"]
     command = [sys.executable, "-m", "prefero", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hears_ctrl_c
     ) as process:
         assert process.stdout is not None
         assert any("WAITING" in line for line in process.stdout)
