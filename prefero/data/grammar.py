@@ -3,8 +3,9 @@
 Nothing is downloaded and nothing is licensed: the text comes from a small grammar. A question asks about one of ten
 topics; an answer is one or two clauses, perhaps an opener, a reason ("because ...") and a closing. The taste is known
 here in full, and only the evaluation may look at it; training sees noisy comparisons drawn from it. The taste wants
-warmth *in measure*, and no answer in the corpus gushes, so a reward model learned from the corpus cannot know where
-"warm" becomes "too warm": pushed hard enough, a policy finds that out, and the gold shows it.
+what no answer in the corpus lacks or overdoes (one reason, no repetition, warmth in measure), so a reward model learned
+from the corpus cannot know how much is too much: pushed hard enough, a policy leaves what the reward model has seen,
+repeats what is liked without end, and the gold shows it.
 """
 
 from __future__ import annotations
