@@ -25,7 +25,6 @@ Label = Literal["fresh", "rotten"]
 PROMPT = "Movie review:"
 NUM_HELD_OUT_PAIRS = 3000
 _MIN_CHARACTERS = 11
-_POOL = 16  # groups whose reviews are sorted by length together: like lengths meet, yet not always the same
 _PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...", "\x85": "..."})
 
 
@@ -126,41 +125,6 @@ def preference_rows(
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(rng.sample(range(len(rows)), limit))]
     return rows
-
-
-def training_pairs(
-    split: Split = "train", *, num_each: int = 16, seed: int = 0, path: Path | None = None
-) -> list[dict[str, str]]:
-    """Groups of `num_each` fresh and `num_each` rotten reviews of like length, each fresh one over each rotten one.
-
-    The prompt is the same for every movie, so a fresh review may be preferred over another movie's rotten one too, and
-    that teaches more: a batch of one group (num_each² rows, told apart by the column `group`) forwards 2 num_each texts
-    and learns from all their pairs. Like lengths keep padding small and length from being a hint. Every review stands
-    in one group at most. Raises ValueError when either kind has fewer than `num_each` reviews.
-    """
-    rng = random.Random(seed)
-    found = reviews(split, path)
-    kinds = [[" " + review.text for review in found if review.label == label] for label in ("fresh", "rotten")]
-    num_groups = min(map(len, kinds)) // num_each
-    if num_groups == 0:
-        raise ValueError(
-            f"num_each is {num_each}, but the {split} split has only {len(kinds[0])} fresh and {len(kinds[1])} rotten "
-            "reviews; make num_each smaller"
-        )
-    for texts in kinds:
-        rng.shuffle(texts)
-    groups: list[list[list[str]]] = []
-    for start in range(0, num_groups, _POOL):
-        pool = slice(start * num_each, min(start + _POOL, num_groups) * num_each)
-        sides = [sorted(texts[pool], key=len) for texts in kinds]
-        groups += [[side[i : i + num_each] for side in sides] for i in range(0, len(sides[0]), num_each)]
-    rng.shuffle(groups)
-    return [
-        {"prompt": PROMPT, "chosen": chosen, "rejected": rejected, "group": str(number)}
-        for number, (fresh, rotten) in enumerate(groups)
-        for chosen in fresh
-        for rejected in rotten
-    ]
 
 
 def held_out_pairs(path: Path | None = None) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import json
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -82,40 +81,6 @@ def test_pairs_follow_the_seed_and_the_limit(corpus: Path) -> None:
     assert len(some) == 40 and [row for row in whole if row in some] == some
     assert len({row["movie"] for row in some}) > 15
     assert preference_rows("train", limit=10**6, path=corpus) == whole
-
-
-def test_training_pairs_cross_all_of_a_group_and_keep_lengths_alike(corpus: Path) -> None:
-    rows = movies.training_pairs("train", num_each=3, path=corpus)
-    assert rows == movies.training_pairs("train", num_each=3, path=corpus)
-    assert rows != movies.training_pairs("train", num_each=3, seed=1, path=corpus)
-    labels = {" " + review.text: review.label for review in reviews("train", corpus)}
-    num_rotten = sum(label == "rotten" for label in labels.values())
-    assert len(rows) == 9 * (num_rotten // 3)
-    used: list[str] = []
-    for start in range(0, len(rows), 9):
-        group = rows[start : start + 9]
-        fresh, rotten = ({row[side] for row in group} for side in ("chosen", "rejected"))
-        assert len(fresh) == len(rotten) == 3 and len({row["group"] for row in group}) == 1
-        assert {(row["chosen"], row["rejected"]) for row in group} == {(a, b) for a in fresh for b in rotten}
-        assert {labels[text] for text in fresh} == {"fresh"} and {labels[text] for text in rotten} == {"rotten"}
-        used += [*fresh, *rotten]
-    assert len(used) == len(set(used)) and len({row["group"] for row in rows}) == len(rows) // 9
-    with pytest.raises(ValueError, match="num_each is 500, but the train split has only"):
-        movies.training_pairs("train", num_each=500, path=corpus)
-
-
-def test_training_pairs_of_a_group_are_of_like_length(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    rows = [
-        {"movie": "movie_1", "label": ("fresh", "rotten")[i % 2], "text": f"{i} " + "word " * rng.randint(1, 60)}
-        for i in range(400)
-    ]
-    assert split_of("movie_1") == "train"
-    path = tmp_path / "reviews.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = movies.training_pairs("train", num_each=4, path=path)
-    gaps = [abs(len(row["chosen"]) - len(row["rejected"])) for row in pairs]
-    assert sum(gaps) / len(gaps) < 45  # about 100 characters if lengths were left to chance
 
 
 def test_the_held_out_pairs_are_of_test_movies(corpus: Path) -> None:
