@@ -35,6 +35,12 @@ class ModelConfig:
     lora_rank: int = Field(
         default=0, ge=0, description="Rank of LoRA adapters on every linear layer; 0 trains all weights."
     )
+    lora_learning_rate_factor: float = Field(
+        default=1.0,
+        gt=0,
+        description="Where adapters train, learning rates are multiplied by this: they bear 10 to 20 times the rate of "
+        "all weights, and with it one config serves both.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
@@ -242,6 +248,7 @@ class EvaluateConfig:
         description="Independent scorer, never the reward (as in ppo.rewards.*.use); empty: the world's own.",
     )
     max_pairs: int = Field(default=3000, ge=1, description="Held-out comparisons for the reward model's accuracy.")
+    max_demonstrations: int = Field(default=3000, ge=1, description="Held-out texts for the SFT loss.")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

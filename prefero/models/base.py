@@ -15,7 +15,9 @@ from prefero.models.generation import action_mask_of, eos_ids, generate, leading
 from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
 from prefero.models.lora import LoRAModule, load_merged_state_dict, merged_state_dict
 from prefero.models.trunk import (
+    by_length,
     contiguous_input,
+    cropped,
     head_is_plain,
     head_width,
     hidden_states,
@@ -258,6 +260,11 @@ class RewardModel(LoRAModule):
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         if not bool(mask.bool().any(dim=1).all()):
             raise ValueError("a text without any real token has no reward: drop empty texts, or check attention_mask")
+        parts = by_length(mask)
+        scores = torch.cat([self._score(*cropped(sequences[rows], mask[rows])) for rows in parts])
+        return scores[torch.cat(parts).argsort()]
+
+    def _score(self, sequences: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "cls":
             sequences, mask = left_align(sequences, mask)
         if self.value_head is None:

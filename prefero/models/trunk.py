@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_PARTS, _ROWS_A_PART = 4, 8
+
 
 def trunk_of(model: Any) -> Any:
     """The part of a Hugging Face model below its head: `LlamaForCausalLM` gives its `LlamaModel`, a trunk itself."""
@@ -88,6 +90,24 @@ def left_align(token_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tenso
     columns = torch.arange(token_ids.shape[1], device=token_ids.device)
     order = (columns + start) % token_ids.shape[1]
     return token_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def by_length(attention_mask: Tensor) -> list[Tensor]:
+    """Row numbers in parts of like length, so that the short need not be padded to the longest [B, S].
+
+    Four parts, longest first, or all rows in their order where there are too few for that to pay.
+    """
+    rows = torch.arange(len(attention_mask), device=attention_mask.device)
+    if len(rows) < _PARTS * _ROWS_A_PART:
+        return [rows]
+    return list(attention_mask.long().sum(dim=1).argsort(descending=True, stable=True).tensor_split(_PARTS))
+
+
+def cropped(token_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, S] without the columns at either end in which none of them has a real token."""
+    used = attention_mask.bool().any(dim=0).nonzero()
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    return token_ids[:, columns], attention_mask[:, columns]
 
 
 def contiguous_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

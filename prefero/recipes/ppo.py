@@ -35,7 +35,8 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
     reference = None if has_lora(actor.model) else frozen_copy(actor)
     examination = make_examination(session, tokenizer, reward_model)
 
-    actor_optim, critic_optim = adamw(actor, settings.learning_rate), adamw(critic, settings.critic_learning_rate)
+    actor_optim = adamw(config, actor, settings.learning_rate)
+    critic_optim = adamw(config, critic, settings.critic_learning_rate)
     prepared = strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
     (actor, actor_optim), (critic, critic_optim) = prepared[:2]
     engine = HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size)

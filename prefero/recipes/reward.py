@@ -42,7 +42,9 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     loader = comparisons(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("reward", steps)
-    model, optimizer = strategy.prepare((model, adamw(model, settings.learning_rate, settings.weight_decay)))
+    model, optimizer = strategy.prepare(
+        (model, adamw(config, model, settings.learning_rate, settings.weight_decay))
+    )
     trainer = RewardModelTrainer(
         model,
         strategy,

@@ -24,6 +24,7 @@ from prefero.data.loader import Loader
 from prefero.models.auto import AutoActor
 from prefero.models.base import Actor
 from prefero.models.loading import enable_checkpointing, load_tokenizer
+from prefero.models.lora import has_lora
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies.base import Strategy
 from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
@@ -130,15 +131,16 @@ def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> 
     return actor, tokenizer
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
-    """Fused AdamW over the weights that train; norms and biases are not decayed."""
+def adamw(config: Config, model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
+    """Fused AdamW over the weights that train; norms and biases are not decayed, adapters learn faster if told to."""
+    rate = learning_rate * (config.model.lora_learning_rate_factor if has_lora(model) else 1.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(used, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def schedule(optimizer: Optimizer, kind: str, steps: int, warmup: float = 0.0, silent: int = 0) -> LambdaLR:

@@ -11,7 +11,7 @@ from prefero.data.formats import SFTRow
 from prefero.data.tokenize import Example, TooLongError
 from prefero.recipes.limits import Limits
 from prefero.recipes.session import Session, Steps, adamw, load_policy, make_strategy, num_parameters, schedule
-from prefero.recipes.sources import Split
+from prefero.recipes.sources import Split, spread
 from prefero.trainer import SFTTrainer
 from prefero.types import TokenBatch
 
@@ -26,7 +26,9 @@ def train_sft(session: Session) -> Path:
     loader = _loader(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("sft", steps)
-    actor, optimizer = strategy.prepare((actor, adamw(actor, settings.learning_rate, settings.weight_decay)))
+    actor, optimizer = strategy.prepare(
+        (actor, adamw(config, actor, settings.learning_rate, settings.weight_decay))
+    )
     trainer = SFTTrainer(
         actor,
         strategy,
@@ -47,7 +49,9 @@ def train_sft(session: Session) -> Path:
 def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:
     config, settings = session.config, session.config.sft
     rows = session.sources.sft(split)
-    if settings.max_rows:
+    if split == "heldout":
+        rows = spread(rows, config.evaluate.max_demonstrations)
+    elif settings.max_rows:
         rows = rows[: settings.max_rows]
 
     def encode(row: SFTRow) -> Example:

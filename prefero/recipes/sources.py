@@ -28,10 +28,10 @@ from prefero.data.sources import Rows, read_rows
 from prefero.recipes.evaluation import Yardsticks
 from prefero.rewards.functions import FunctionReward
 from prefero.tracking.text import for_terminal
-from prefero.types import Prompt
 
 Split = Literal["train", "heldout"]
 RowT = TypeVar("RowT", PromptRow, Comparison, SFTRow)
+ItemT = TypeVar("ItemT")
 
 
 class Sources(ABC):
@@ -185,8 +185,8 @@ def open_sources(config: DataConfig, seed: int) -> Sources:
     return FileSources(config)
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts at even distances, so that a small examination still covers the whole split."""
-    if len(prompts) <= count:
-        return list(prompts)
-    return [prompts[index * len(prompts) // count] for index in range(count)]
+def spread(items: Sequence[ItemT], count: int) -> list[ItemT]:
+    """`count` items at even distances, so that a small examination still covers the whole split."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]

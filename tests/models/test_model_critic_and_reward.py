@@ -104,6 +104,28 @@ def test_the_reward_is_read_at_the_last_real_token(family: Family, left: int, ri
     assert expected.std() > 0.05
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_many_texts_are_judged_in_parts_of_like_length(left: bool) -> None:
+    model = loud(LlamaRM(config=llama_config()))
+    lengths = [3 + 7 * i % 29 for i in range(40)]
+    ids = tokens(40, 32)
+    steps = torch.arange(32).expand(40, 32)
+    ends = torch.tensor(lengths)[:, None]
+    mask = (steps >= 32 - ends if left else steps < ends).long()
+    read = 0
+
+    def count(_module: nn.Module, _args: object, inputs: dict[str, torch.Tensor]) -> None:
+        nonlocal read
+        read += inputs["input_ids"].numel()
+
+    model.model.register_forward_pre_hook(count, with_kwargs=True)
+    together = model(ids, mask)
+    assert sum(lengths) < read < 1.3 * sum(lengths) < ids.numel()
+    alone = torch.cat([model(row[None, kept.bool()]) for row, kept in zip(ids, mask, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert alone.std() > 0.05
+
+
 def test_a_fresh_reward_head_has_the_published_spread_and_no_bias() -> None:
     heads = [LlamaRM(config=llama_config(hidden_size=256)).value_head for _ in range(8)]
     weights = torch.cat([head.weight.flatten() for head in heads if isinstance(head, nn.Linear)])

@@ -94,6 +94,30 @@ def test_two_runs_with_one_seed_write_the_same_bytes(run: Path, tmp_path: Path) 
         assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes(), name
 
 
+def test_the_supervised_loss_is_measured_on_so_many_held_out_texts(tmp_path: Path) -> None:
+    def held_out_tokens(name: str, *flags: str) -> float:
+        flags = ("--steps", "1", "--batch-size", "16", *flags)
+        assert main(["sft", "configs/quickstart.yaml", "--out", str(tmp_path / name), *flags]) == 0
+        return float(rows(tmp_path / name / "metrics.jsonl")[-1]["sft/eval_loss"])
+
+    # One text alone gives another mean than many, and more than there are gives the mean of all (1,000).
+    one, all_of_them = held_out_tokens("one", "--max-demonstrations", "1"), held_out_tokens("all")
+    assert one != all_of_them
+    assert held_out_tokens("more", "--max-demonstrations", "1000") == all_of_them
+
+
+def test_adapters_learn_at_their_own_rate_and_all_weights_at_the_one_written(tmp_path: Path) -> None:
+    def rate(rank: int) -> float:
+        flags = ["--steps", "1", "--batch-size", "16", "--lora-rank", str(rank), "--lora-learning-rate-factor", "8"]
+        flags += ["--sft.learning-rate", "1e-4", "--sft.schedule", "constant", "--sft.warmup-fraction", "0"]
+        folder = tmp_path / str(rank)
+        assert main(["sft", "configs/quickstart.yaml", "--out", str(folder), *flags]) == 0
+        return float(rows(folder / "metrics.jsonl")[0]["sft/lr"])
+
+    assert rate(4) == pytest.approx(8e-4)
+    assert rate(0) == pytest.approx(1e-4)
+
+
 def test_another_seed_is_another_run(run: Path, tmp_path: Path) -> None:
     flags = ["--steps", "4", "--batch-size", "16", "--seed", "1"]
     assert main(["sft", "configs/quickstart.yaml", "--out", str(tmp_path / "other"), *flags]) == 0
