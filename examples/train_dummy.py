@@ -11,9 +11,9 @@ from copy import deepcopy
 
 import torch
 from shared import add_model_flags, build, strategy
-from torch.optim import Adam
 
 from prefero.models.base import RewardModel
+from prefero.optimizer import HybridAdam
 from prefero.trainer import PPOTrainer
 from prefero.trainer.callbacks import SaveCheckpoint
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         actor, critic = build("actor", arguments), build("critic", arguments)
         initial_model = deepcopy(actor)
         reward_model = RewardModel(deepcopy(critic.model))
-    actor_optim, critic_optim = Adam(actor.parameters(), lr=5e-6), Adam(critic.parameters(), lr=5e-6)
+    actor_optim, critic_optim = HybridAdam(actor.parameters(), lr=5e-6), HybridAdam(critic.parameters(), lr=5e-6)
     (actor, actor_optim), (critic, critic_optim), reward_model, initial_model = placed.prepare(
         (actor, actor_optim), (critic, critic_optim), reward_model, initial_model
     )

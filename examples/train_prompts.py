@@ -13,9 +13,9 @@ from copy import deepcopy
 
 import torch
 from shared import add_model_flags, build, strategy, tokenizer
-from torch.optim import Adam
 
 from prefero.data.sources import read_rows, require_columns
+from prefero.optimizer import HybridAdam
 from prefero.trainer import PPOTrainer
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         placed.load_model(reward_model, arguments.rm_path)
     initial_model = deepcopy(actor)
-    actor_optim, critic_optim = Adam(actor.parameters(), lr=5e-6), Adam(critic.parameters(), lr=5e-6)
+    actor_optim, critic_optim = HybridAdam(actor.parameters(), lr=5e-6), HybridAdam(critic.parameters(), lr=5e-6)
     (actor, actor_optim), (critic, critic_optim), reward_model, initial_model = placed.prepare(
         (actor, actor_optim), (critic, critic_optim), reward_model, initial_model
     )

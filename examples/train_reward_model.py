@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Sequence
 
 from shared import add_model_flags, build, strategy, tokenizer
-from torch.optim import Adam
 
 from prefero.data.sources import read_rows
 from prefero.dataset import HhRlhfDataset, RewardDataset
+from prefero.optimizer import HybridAdam
 from prefero.trainer import RewardModelTrainer
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = HhRlhfDataset if "prompt" not in rows.columns else RewardDataset
     held_out = max(len(rows) // 10, 1)
     train, held = (kind(part, words, arguments.max_len) for part in (rows[held_out:], rows[:held_out]))
-    optimizer = Adam(model.parameters(), lr=arguments.lr)
+    optimizer = HybridAdam(model.parameters(), lr=arguments.lr)
     trainer = RewardModelTrainer(model, placed, optimizer, train, held, arguments.batch_size, arguments.max_epochs,
                                  loss_fn=arguments.loss_fn)  # fmt: skip
     metrics = trainer.fit(use_lora=arguments.lora_rank)

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Sequence
 
 from shared import add_model_flags, build, strategy, tokenizer
-from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from prefero.dataset import AlpacaDataCollator, AlpacaDataset
+from prefero.optimizer import HybridAdam
 from prefero.trainer import SFTTrainer
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = tokenizer(arguments)
     with placed.model_init_context():
         model = build("actor", arguments)
-    optimizer = Adam(model.parameters(), lr=arguments.lr)
+    optimizer = HybridAdam(model.parameters(), lr=arguments.lr)
     model, optimizer = placed.prepare((model, optimizer))
     data = AlpacaDataset(arguments.dataset, words, max_length=arguments.max_len)
     loader = DataLoader(data, arguments.batch_size, shuffle=True, collate_fn=AlpacaDataCollator(words))

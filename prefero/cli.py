@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (ValueError, OSError) as error:
-        print(f"prefero: error: {error}", file=sys.stderr)
+        from prefero.tracking.text import visible  # an error may quote a stranger's file
+
+        print(f"prefero: error: {visible(str(error))}", file=sys.stderr)
         if os.environ.get("PREFERO_TRACEBACK"):
             raise
         return 2
@@ -90,13 +92,20 @@ def _add_use_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="bad rows to leave out of --prompts")
     command.add_argument("--out", default="", metavar="FILE", help="write JSON lines there instead of printing")
     command.add_argument("--num-samples", type=int, default=1, metavar="N")
+    command.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the chat template (default: as the run's data.chat)",
+    )
     _add_sampling(command)
 
     command = add("evaluate", "held-out evaluation of a model or a run", _evaluate)
     command.add_argument("model", metavar="MODEL", help="run folder, model folder, fetched name or hub name")
     command.add_argument("--config", default="", metavar="FILE", help="config whose data to use (default: the run's)")
-    command.add_argument("--reward-model", default="", metavar="FOLDER", help="score with this reward model too")
-    command.add_argument("--reference", default="", metavar="MODEL", help="measure KL from this model")
+    command.add_argument(
+        "--reward-model", default="", metavar="FOLDER", help="score with this one (default: the run's)"
+    )
+    command.add_argument("--reference", default="", metavar="MODEL", help="measure KL from it (default: the run's SFT)")
     command.add_argument("--hhh", action="store_true", help="human preference pairs (needs `prefero fetch bigbench`)")
     command.add_argument("--out", default="", metavar="DIR", help="write a run folder with the results")
     command.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
@@ -113,6 +122,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: no limit")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")
     command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--device", default="", metavar="D", help="cpu, cuda or mps (default: the best one present)")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code that ships with the model")
 
 

@@ -59,6 +59,7 @@ class DataConfig:
     sft: str = Field(default="", description="Rows to imitate: a JSONL, CSV or parquet file, or a hub name.")
     preferences: str = Field(default="", description="Comparisons to train the reward model on.")
     prompts: str = Field(default="", description="Prompts the policy practises on.")
+    sft_heldout: str = Field(default="", description="Rows never imitated; empty: a share of `sft`.")
     preferences_heldout: str = Field(
         default="", description="Comparisons never trained on; empty: a share of `preferences`."
     )
@@ -280,8 +281,15 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"ppo.min_new_tokens {c.ppo.min_new_tokens} exceeds ppo.max_new_tokens {c.ppo.max_new_tokens}; lower it"
     if c.ppo.kl_target > 0 and c.ppo.kl_coef == 0:
         yield f"ppo.kl_target {c.ppo.kl_target} needs a starting ppo.kl_coef above 0; set one, or kl_target to 0"
+    if c.ppo.kl_target > 0 and c.ppo.kl_horizon <= 0.2 * rollouts:
+        yield (
+            f"ppo.kl_horizon {c.ppo.kl_horizon} is reached within one iteration of {rollouts} completions, which could "
+            f"set the coefficient to 0 for good; raise it to {rollouts} or more"
+        )
     if 0 < c.ppo.dual_clip <= 1:
         yield f"ppo.dual_clip {c.ppo.dual_clip} must be above 1 (3 is usual), or 0 for off"
+    if c.sft.skip and c.reward.skip and c.ppo.skip:
+        yield "sft.skip, reward.skip and ppo.skip are all true, so there is nothing to do; set one to false"
     if c.reward.skip and not c.ppo.skip and not c.ppo.rewards:
         yield (
             "reward.skip is true and ppo.rewards is empty, so PPO has no reward; "
@@ -340,9 +348,23 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which a key stands once: the last of two would silently undo the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} stands in line {seen[key.value]} already; merge the two"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _OnceEach(path.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     except UnicodeDecodeError as error:

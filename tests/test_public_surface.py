@@ -38,6 +38,7 @@ SEED = {
         "Actor.forward": "self, sequences, num_actions, attention_mask=None",
         "RewardModel.forward": "self, sequences, attention_mask=None",
         "Actor.get_base_model": "self",
+        "Actor.generate": "self, input_ids, return_action_mask=True",
     },
     "models.gpt": dict.fromkeys(("GPTActor", "GPTCritic", "GPTRM", "GPTLM"), FAMILY),
     "models.opt": dict.fromkeys(("OPTActor", "OPTCritic", "OPTRM", "OPTLM"), FAMILY),

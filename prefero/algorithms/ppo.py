@@ -26,7 +26,8 @@ class PPOSettings:
 
     level: "token" is GAE with a value and a KL penalty per token; "sequence" treats the completion as one action
     with one value (a bandit), advantage = score - kl_coef * KL - value. kl_coef: weight of the KL penalty in the
-    reward, a number or an adaptive controller; 0 switches it off. kl_kind: its estimator. gamma, lam: of GAE.
+    reward, a number or an adaptive controller; 0 switches it off. The penalty is the plain log-ratio (k1): of
+    the estimators only that one, taken from the reward, has the gradient of the KL. gamma, lam: of GAE.
     clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high] (clip_high defaults to clip_low).
     dual_clip: bound on the loss of negative advantages. value_clip: how far a value may move (None: anywhere).
     whiten_advantages: to mean 0 and variance 1 over the whole learn phase. temperature: the sampling temperature,
@@ -36,7 +37,6 @@ class PPOSettings:
 
     level: Literal["token", "sequence"] = "token"
     kl_coef: float | kl_formulas.AdaptiveCoefficient = 0.1
-    kl_kind: Literal["k1", "k2", "k3"] = "k1"
     gamma: float = 1.0
     lam: float = 0.95
     clip_low: float = 0.2
@@ -62,6 +62,8 @@ class PPOSettings:
             raise ValueError(
                 f"dual_clip={self.dual_clip} must be greater than 1 (3 is usual), or None to switch it off"
             )
+        if not isinstance(self.kl_coef, kl_formulas.AdaptiveCoefficient) and math.isnan(self.kl_coef):
+            raise ValueError(f"kl_coef={self.kl_coef} is no number: give 0 or less for no penalty, or a price per nat")
         if self.missing_eos_penalty < 0.0:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} is subtracted: give it as 0 or more")
 
@@ -102,9 +104,10 @@ class PPO(OnlineAlgorithm):
 
     @property
     def kl_coef(self) -> float:
-        """The weight of the KL penalty now."""
+        """The weight of the KL penalty now; 0 or less in the settings is no penalty."""
         coefficient = self.settings.kl_coef
-        return coefficient.value if isinstance(coefficient, kl_formulas.AdaptiveCoefficient) else coefficient
+        now = coefficient.value if isinstance(coefficient, kl_formulas.AdaptiveCoefficient) else coefficient
+        return max(now, 0.0)  # a negative price would reward drifting away
 
     @property
     def has_reference(self) -> bool:
@@ -205,10 +208,10 @@ class PPO(OnlineAlgorithm):
         coefficient = self.kl_coef if reference is not None else 0.0
         reference = logprobs if reference is None else reference
         if settings.level == "sequence":
-            penalty = masked.sum(kl_formulas.estimate(logprobs, reference, kind=settings.kl_kind), mask, dim=1)
+            penalty = masked.sum(kl_formulas.estimate(logprobs, reference, kind="k1"), mask, dim=1)
             return values, reward - coefficient * penalty - values
         values = masked.fill(values, mask)
-        rewards = kl_formulas.penalised_rewards(reward, logprobs, reference, mask, coefficient, kind=settings.kl_kind)
+        rewards = kl_formulas.penalised_rewards(reward, logprobs, reference, mask, coefficient)
         advantages, _ = advantage_formulas.gae(rewards, values, mask, settings.gamma, settings.lam)
         return values, advantages
 

@@ -85,14 +85,18 @@ class AdaptiveCoefficient:
     def update(self, kl: float, num_samples: int) -> float:
         """Takes the mean KL of `num_samples` completions, in nats per completion, and returns the new coefficient.
 
-        coefficient *= 1 + clip(kl / target - 1, ±0.2) * num_samples / horizon. ValueError if `kl` is not finite or
-        `num_samples` is negative.
+        coefficient *= 1 + clip(kl / target - 1, ±0.2) * num_samples / horizon. ValueError if `kl` is not finite,
+        `num_samples` is negative, or so large that one update could end the penalty for good.
         """
         _checks.above("kl", kl, -float("inf"))
         _checks.at_least("num_samples", num_samples, 0)
         error = min(max(kl / self.target - 1.0, -MAX_ERROR), MAX_ERROR)
-        # More than horizon / 0.2 samples in one update would turn the coefficient negative.
-        self.value *= max(1.0 + error * num_samples / self.horizon, 0.0)
+        if MAX_ERROR * num_samples >= self.horizon:
+            raise ValueError(
+                f"horizon={self.horizon} is within reach of one step of num_samples={num_samples}, which could end the "
+                f"penalty for good: take a horizon above {MAX_ERROR * num_samples:g}, better many times num_samples"
+            )
+        self.value *= 1.0 + error * num_samples / self.horizon
         return self.value
 
 

@@ -18,6 +18,7 @@ from prefero.models.trunk import (
     by_length,
     contiguous_input,
     cropped,
+    full_precision_head,
     head_is_plain,
     head_width,
     hidden_states,
@@ -63,7 +64,9 @@ class Actor(LoRAModule):
         if self._head_is_plain():
             logprobs, entropy = self._from_hidden(sequences, mask, attention_mask, temperature, return_entropy)
         else:
-            logits = self.model(**model_inputs(self.model, sequences, attention_mask)).logits[:, -num_actions - 1 :]
+            inputs = model_inputs(self.model, sequences, attention_mask, logits_to_keep=num_actions + 1)
+            with full_precision_head(self.model):
+                logits = self.model(**inputs).logits[:, -num_actions - 1 :]
             logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
             logprobs = masked.fill(logprobs, mask)
             entropy = masked.fill(lp.entropy(logits[:, :-1].detach(), temperature), mask) if return_entropy else None
@@ -101,8 +104,8 @@ class Actor(LoRAModule):
     def generate(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
         return_action_mask: bool = True,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answers left-padded prompts [B, P]: (sequences [B, S], attention_mask [B, S], action_mask [B, S - P]).

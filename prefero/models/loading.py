@@ -46,7 +46,7 @@ class LoadOptions:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """The folder or file of a fetched name or a path, or the hub name as it is.
+    """The folder or file of a fetched name or a path (a run folder stands for its export), or the hub name as it is.
 
     Raises ValueError, naming near matches and the cure, when it is none of these.
     """
@@ -60,9 +60,15 @@ def resolve(name_or_path: str | Path) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model {name!r}: the folder holds no config.json, so it is not a Hugging Face model")
-        return str(path)
+        for folder in (path, path / "model"):  # the export inside a run folder
+            if (folder / "config.json").is_file():
+                return str(folder)
+        if (path / "metrics.jsonl").is_file():
+            raise ValueError(
+                f"model {name!r}: the run in this folder has not finished and has no model yet; let it end, or name "
+                "another model"
+            )
+        raise ValueError(f"model {name!r}: the folder holds no config.json, so it is not a Hugging Face model")
     if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise ValueError(_unknown(name))
     return name

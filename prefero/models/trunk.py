@@ -46,10 +46,13 @@ def _accepted(trunk_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(trunk_class.forward).parameters)  # type: ignore[attr-defined]
 
 
-def model_inputs(model: Any, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+def model_inputs(
+    model: Any, token_ids: Tensor, attention_mask: Tensor | None, logits_to_keep: int = 0
+) -> dict[str, Any]:
     """The keyword arguments of one uncached forward pass, position ids included where the model takes them.
 
-    token_ids, attention_mask: [B, S]; no mask means that every token is real. Raises ValueError for a text longer
+    token_ids, attention_mask: [B, S]; no mask means that every token is real. logits_to_keep: the head is wanted at
+    the last positions only, where the model can do that (0: at all). Raises ValueError for a text longer
     than a table of learned positions.
     """
     if attention_mask is None:
@@ -63,6 +66,8 @@ def model_inputs(model: Any, token_ids: Tensor, attention_mask: Tensor | None) -
         inputs["position_ids"] = positions(attention_mask)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
+    if logits_to_keep and "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = logits_to_keep
     return inputs
 
 
@@ -113,6 +118,32 @@ def cropped(token_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
 def contiguous_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook of a head: on a CPU a *frozen* head is up to 28 times slower on a sliced hidden state."""
     return (inputs[0].contiguous(), *inputs[1:])
+
+
+@contextmanager
+def full_precision_head(model: Any) -> Iterator[None]:
+    """The output head of a causal model in float32 (or better) inside, whatever autocast or the weights say.
+
+    As `functional.logprobs.selected` applies it: bf16 logits between 16 and 32 are 0.125 apart, and a sampler that
+    rounds where the trainer does not would be another policy.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(dtype).contiguous(), weight, bias)
+
+    instance: Any = head  # the attribute hides the class's method until it is deleted
+    instance.forward = forward
+    try:
+        yield
+    finally:
+        del instance.forward
 
 
 @torch.no_grad()

@@ -10,12 +10,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from prefero.cache import cache_root
 from prefero.data.cache import read_marker
 from prefero.data.fetch import ITEMS
-from prefero.strategies.cpu import prefer_onednn_fp32, supports_bf16
 
 _NEEDED = {"torch": (2, 10), "transformers": (5, 3), "jinja2": (3, 1, 6)}
 _EXTRAS = {"gguf": "gguf", "datasets": "hub", "pyarrow": "parquet", "vaderSentiment": "eval"}
@@ -24,10 +21,12 @@ _EXTRAS = {"gguf": "gguf", "datasets": "hub", "pyarrow": "parquet", "vaderSentim
 def doctor() -> None:
     """Prints one line a check; raises ValueError at the end when something needed is missing or too old."""
     problems = list(_required())
-    for line in (*_machine(), *_optional(), *_fetched()):
+    for line in (*_optional(), *_fetched()):
         print(line)
     if problems:
         raise ValueError("; ".join(problems))
+    for line in _machine():
+        print(line)
     print("ready: try `prefero quickstart`")
 
 
@@ -47,6 +46,10 @@ def _required() -> Iterator[str]:
 
 
 def _machine() -> Iterator[str]:
+    import torch  # only now: that it is there was looked up first
+
+    from prefero.strategies.cpu import prefer_onednn_fp32, supports_bf16
+
     yield f"cpu: {os.cpu_count()} cores, bf16 {'yes' if supports_bf16() else 'no (fp32 is used)'}"
     route = "oneDNN" if prefer_onednn_fp32() else "the default library"
     yield f"fp32 matrix products: {route} (the faster exact one here)"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,44 +14,49 @@ import torch
 from prefero.cache import cache_root
 from prefero.config import Config, ConfigError, load_config
 from prefero.data import Comparison, collate_examples, encode_example, encode_prompt, pad_id, read_rows, to_preferences
+from prefero.data.tokenize import Example
 from prefero.functional import masked
 from prefero.models.base import LM, Actor
-from prefero.recipes.evaluation import Evaluation, kl_from_reference
+from prefero.models.loading import resolve
+from prefero.recipes.evaluation import kl_from_reference
+from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import make_examination
-from prefero.recipes.rewards import load_model_reward
+from prefero.recipes.rewards import Judging, load_model_reward
 from prefero.recipes.run import find_config, free_folder
-from prefero.recipes.session import Session, open_session
+from prefero.recipes.session import open_session
+from prefero.recipes.sources import Sources, open_sources
 from prefero.recipes.use import load_for_use
 from prefero.rewards.model import ModelReward
 from prefero.rollout.hf import HFEngine
+from prefero.strategies.naive import pick_device
 from prefero.tracking.base import sample_rows
 from prefero.tracking.report import write_report
-from prefero.types import Completion, Metrics, Prompt, Rollout
+from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
 
 
 def evaluate(args: Namespace) -> None:
     """Runs the evaluation that the arguments ask for and writes it as a run folder."""
     run = Path(args.model).expanduser()
     config = _config(args, run)
-    reward_model = _reward_model(args, run)
-    actor, tokenizer = load_for_use(args.model)
+    reward_model = _part_of(run, "reward", args.reward_model)
+    actor, tokenizer = load_for_use(args.model, config.strategy.device)
+    # Whatever may be wrong is found before a folder is made, or --overwrite clears one.
+    sources = open_sources(config.data, config.seed)
+    examine = _preferences if args.hhh else _answers
+    measure = examine(args, config, sources, actor, tokenizer, reward_model)
     folder = Path(args.out) if args.out else free_folder("evaluate")
-    with open_session(config, folder, overwrite=args.overwrite, stage="eval") as session:
+    with open_session(config, folder, overwrite=args.overwrite, stage="eval", sources=sources) as session:
         session.tracker.start("eval", 1)
-        metrics: Metrics = {}
-        if not args.hhh:
-            result = _examine(session, actor, tokenizer, reward_model, args.reference)
-            session.tracker.log_samples(sample_rows(result.rollouts), 0)
-            metrics |= result.metrics
-        else:
-            scorer = None if reward_model is None else load_model_reward(reward_model, config.reward.max_length, 32)
-            metrics |= human_preferences(actor, tokenizer, scorer)
+        metrics, rollouts = measure()
+        session.tracker.log_samples(sample_rows(rollouts), 0)
         session.tracker.log(metrics, 0)
         session.finish({"model": args.model, **metrics})
-    write_report(folder)
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {write_report(folder)}")
+
+
+Measure = Callable[[], tuple[Metrics, list[ScoredRollout]]]
 
 
 def _config(args: Namespace, run: Path) -> Config:
@@ -63,58 +69,88 @@ def _config(args: Namespace, run: Path) -> Config:
     raise ConfigError(f"{args.model} is no run folder, so its data is unknown; give --config FILE")
 
 
-def _reward_model(args: Namespace, run: Path) -> Path | None:
-    if args.reward_model:
-        folder = Path(args.reward_model)
-        inside = folder / "model"
-        return inside if (inside / "config.json").is_file() else folder
-    trained = run / "checkpoints" / "reward" / "model"
+def _part_of(run: Path, stage: str, given: str) -> Path | None:
+    """What was named on the command line, else what that stage of the run exported, if there is one."""
+    if given:
+        return Path(resolve(given))
+    trained = run / "checkpoints" / stage / "model"
     return trained if (trained / "config.json").is_file() else None
 
 
-def _examine(session: Session, actor: Actor, tokenizer: Any, reward_model: Path | None, reference: str) -> Evaluation:
-    examination = make_examination(session, tokenizer, reward_model)
-    evaluation = examination(HFEngine(actor, tokenizer, batch_size=session.config.evaluate.batch_size))
-    if reference:
-        kl = kl_from_reference(evaluation.rollouts, load_for_use(reference)[0], session.config.ppo.temperature)
-        evaluation.metrics["eval/kl"] = fmean(kl)
-    return evaluation
+def _answers(
+    args: Namespace, config: Config, sources: Sources, actor: Actor, tokenizer: Any, reward_model: Path | None
+) -> Measure:
+    """Answers to the held-out prompts: reward, gold, diversity, and the KL where there is a reference."""
+    if args.reward_model:  # named to be asked, also where the run's own rewards are others
+        config = replace(config, ppo=replace(config.ppo, rewards={}))
+    examination = make_examination(config, sources, tokenizer, reward_model)
+    named = _part_of(Path(args.model).expanduser(), "sft", args.reference)
+    reference = None if named is None else load_for_use(str(named), config.strategy.device)[0]
+
+    def measure() -> tuple[Metrics, list[ScoredRollout]]:
+        result = examination(HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size))
+        metrics = dict(result.metrics)
+        if reference is not None:
+            metrics["eval/kl"] = fmean(kl_from_reference(result.rollouts, reference, config.ppo.temperature))
+        return metrics, result.rollouts
+
+    return measure
 
 
-def human_preferences(actor: Actor, tokenizer: Any, scorer: ModelReward | None) -> Metrics:
-    """How often the policy finds the answer people preferred likelier, and the reward model scores it higher.
+def _preferences(
+    args: Namespace, config: Config, sources: Sources, actor: Actor, tokenizer: Any, reward_model: Path | None
+) -> Measure:
+    """The HHH pairs, by the policy and, where there is one, by the reward model."""
+    how = Judging(reward_model, config.reward.max_length, device=pick_device(config.strategy.device or None))
+    scorer = None if reward_model is None else load_model_reward(str(reward_model), how)
+    pairs, limits = hhh_pairs(), Limits.of(actor.model.config)
+    for pair in pairs:
+        for example in _examples(tokenizer, pair):
+            limits.check(pair.id, example.token_ids, "take a model with a longer context")
+    return lambda: (human_preferences(actor, tokenizer, scorer, pairs), [])
 
-    The 221 pairs of BIG-bench's HHH alignment task, by category; for evaluation only. The policy is judged by the sum
-    and by the mean of its tokens' log-probabilities, because the sum alone prefers short answers. Raises ValueError
-    when the pairs were not fetched.
-    """
+
+def hhh_pairs() -> list[Comparison]:
+    """The 221 pairs of BIG-bench's HHH alignment task; for evaluation only. ValueError when they were not fetched."""
     file = cache_root() / "data" / "bigbench" / "hhh.jsonl"
     if not file.is_file():
         raise ValueError("the HHH pairs are not there; run `prefero fetch bigbench` first (358 MB)")
-    pairs = list(to_preferences(read_rows(str(file))))
+    return list(to_preferences(read_rows(str(file))))
+
+
+def human_preferences(actor: Actor, tokenizer: Any, scorer: ModelReward | None, pairs: Sequence[Comparison]) -> Metrics:
+    """How often the policy finds the answer people preferred likelier, and the reward model scores it higher.
+
+    By the pairs' category. The policy is judged by the sum and by the mean of its tokens' log-probabilities, because
+    the sum alone prefers short answers.
+    """
+    model = LM(actor.model)
     right: dict[str, list[bool]] = {}
     for pair in pairs:
-        category = str(pair.columns["category"])
-        verdicts = policy_verdicts(actor, tokenizer, pair)
+        verdicts = policy_verdicts(model, tokenizer, pair)
         if scorer is not None:
             verdicts["reward_model"] = _prefers(scorer, pair)
         for judge, verdict in verdicts.items():
-            for group in (category, "all"):
+            for group in (str(pair.columns["category"]), "all"):
                 right.setdefault(f"hhh/{judge}_{group}", []).append(verdict)
     return {name: fmean(verdicts) for name, verdicts in sorted(right.items())}
 
 
 @torch.no_grad()
-def policy_verdicts(actor: Actor, tokenizer: Any, pair: Comparison) -> dict[str, bool]:
+def policy_verdicts(model: LM, tokenizer: Any, pair: Comparison) -> dict[str, bool]:
     """Whether the policy gives the chosen answer the higher log-probability, summed and per token."""
-    assert isinstance(pair.prompt, str)
-    prompt = encode_prompt(tokenizer, pair.prompt, pair.id)
-    examples = [encode_example(tokenizer, prompt, answer, end=False) for answer in (pair.chosen, pair.rejected)]
-    batch = collate_examples(examples, pad_id(tokenizer))
-    logprobs = LM(actor.model)(batch.token_ids, batch.attention_mask)
-    mask = batch.loss_mask.bool()
+    batch, device = collate_examples(_examples(tokenizer, pair), pad_id(tokenizer)), next(model.parameters()).device
+    mask = batch.loss_mask.bool().to(device)
+    logprobs = model(batch.token_ids.to(device), batch.attention_mask.to(device), loss_mask=mask)
     sums, means = masked.sum(logprobs, mask, dim=1), masked.mean(logprobs, mask, dim=1)
     return {"logprob_sum": bool(sums[0] > sums[1]), "logprob_mean": bool(means[0] > means[1])}
+
+
+def _examples(tokenizer: Any, pair: Comparison) -> list[Example]:
+    """The chosen and the rejected answer behind the prompt."""
+    assert isinstance(pair.prompt, str)
+    prompt = encode_prompt(tokenizer, pair.prompt, pair.id)
+    return [encode_example(tokenizer, prompt, answer, end=False) for answer in (pair.chosen, pair.rejected)]
 
 
 def _prefers(scorer: ModelReward, pair: Comparison) -> bool:

@@ -13,24 +13,30 @@ from prefero.recipes.sft import train_sft
 
 
 def run_pipeline(session: Session) -> None:
-    """SFT, reward model, PPO and evaluation; what a stage found out goes into the run's summary."""
+    """SFT, reward model, PPO and evaluation; what a stage found out goes into the run's summary.
+
+    The run's model is the last policy trained, or the reward model where none is.
+    """
     config = session.config
     policy, reward_model = config.model.path, None
+    last: Path | None = None
     summary: dict[str, Any] = {}
     if not config.sft.skip:
         with session.stage("sft") as stage:
-            policy = str(train_sft(stage))
+            last = train_sft(stage)
+        policy = str(last)
     if not config.reward.skip:
         with session.stage("reward") as stage:
             reward_model, metrics = train_reward(stage, policy)
+        last = last or reward_model
         summary["rm_accuracy"] = metrics["reward/eval_accuracy"]
-    if config.ppo.skip:
-        _export(Path(policy), session.run.model)
-    else:
+    if not config.ppo.skip:
         with session.stage("ppo") as stage:
             result = train_ppo(stage, policy, reward_model)
-        _export(result.model, session.run.model)
+        last = result.model
         summary = {**result.summary, **summary}
+    assert last is not None, "a config that skips every stage is refused"
+    shutil.copytree(last, session.run.model, dirs_exist_ok=True)
     session.finish(summary)
 
 
@@ -47,9 +53,3 @@ def run_reward(session: Session) -> None:
 def run_ppo(session: Session) -> None:
     """Stage 3 alone: `model.path` against `ppo.rewards`."""
     train_ppo(session, session.config.model.path, None)
-
-
-def _export(source: Path, target: Path) -> None:
-    """The last stage's model is the run's model."""
-    if source.resolve() != target.resolve():
-        shutil.copytree(source, target, dirs_exist_ok=True)

@@ -16,12 +16,13 @@ from prefero.models.auto import AutoCritic
 from prefero.models.base import Actor, Critic
 from prefero.models.lora import has_lora
 from prefero.recipes.evaluation import Examination
-from prefero.recipes.rewards import build_part, build_reward
+from prefero.recipes.rewards import Judging, build_part, build_reward
 from prefero.recipes.session import Session, adamw, load_policy, make_strategy, num_parameters, schedule
 from prefero.recipes.sources import Sources, Split, spread
 from prefero.recipes.watcher import PPOResult, Watcher
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
+from prefero.strategies.naive import pick_device
 from prefero.trainer import PPOTrainer
 from prefero.types import Prompt
 
@@ -33,7 +34,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
     strategy = make_strategy(config, num_parameters(actor))
     critic = make_critic(config, policy)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
-    examination = make_examination(session, tokenizer, reward_model)
+    examination = make_examination(config, session.sources, tokenizer, reward_model)
 
     actor_optim = adamw(config, actor, settings.learning_rate)
     critic_optim = adamw(config, critic, settings.critic_learning_rate)
@@ -128,17 +129,19 @@ def load_prompts(config: Config, sources: Sources, tokenizer: PreTrainedTokenize
     return [replace(prompt, id=f"{split}/{prompt.id}") for prompt in prompts]
 
 
-def make_examination(session: Session, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None) -> Examination:
+def make_examination(
+    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None
+) -> Examination:
     """The held-out prompts with the run's reward and its independent scorer."""
-    config = session.config
-    length, size = config.reward.max_length, config.evaluate.batch_size
-    yardsticks = session.sources.yardsticks()
+    device = pick_device(config.strategy.device or None)
+    how = Judging(reward_model, config.reward.max_length, config.evaluate.batch_size, device)
+    yardsticks = sources.yardsticks()
     if config.evaluate.gold:
-        gold = build_part("gold", RewardPart(use=config.evaluate.gold), reward_model, length, size)
+        gold = build_part("gold", RewardPart(use=config.evaluate.gold), how)
         yardsticks = replace(yardsticks, gold=gold, gold_name=config.evaluate.gold)
     return Examination(
-        prompts=spread(load_prompts(config, session.sources, tokenizer, "heldout"), config.evaluate.num_prompts),
-        reward=build_reward(config.ppo.rewards, reward_model, length, size),
+        prompts=spread(load_prompts(config, sources, tokenizer, "heldout"), config.evaluate.num_prompts),
+        reward=build_reward(config.ppo.rewards, how),
         yardsticks=yardsticks,
         # A seed of its own: the examination's draws are never those of a training step.
         sampling=replace(sampling_params(config), seed=config.seed + 1_000_003),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefero.config import Config, ConfigError, RewardPart
+from prefero.data import encode_comparison
 from prefero.models.loading import LoadOptions, load_config, load_tokenizer
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import load_prompts
 from prefero.recipes.rewards import check_part
-from prefero.recipes.sources import Sources, Split, open_sources
+from prefero.recipes.sources import Sources, Split, open_sources, tell_dropped
 from prefero.strategies.naive import pick_device
 
 _SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -23,18 +27,17 @@ def preflight(config: Config, command: str) -> Sources:
     stages = set(_stages(config, command))
     pick_device(config.strategy.device or None)
     sources = open_sources(config.data, config.seed)
-    if not config.model.path:
-        _check_policy_known(config, command, stages, sources)
-    if "reward" in stages and config.reward.model != "policy":
-        load_config(config.reward.model, _trust(config))
+    policy = _check_policy(config, command, stages, sources)
     if config.data.world == "files":
         for split in _SPLITS:
             if "sft" in stages:
                 sources.sft(split)
             if "reward" in stages:
                 sources.preferences(split)
+    if "reward" in stages:
+        _check_judge(config, sources, policy)
     if "ppo" in stages:
-        _check_ppo(config, sources)
+        _check_ppo(config, sources, policy)
     return sources
 
 
@@ -47,48 +50,68 @@ def _stages(config: Config, command: str) -> Iterator[str]:
             yield name
 
 
-def _check_policy_known(config: Config, command: str, stages: set[str], sources: Sources) -> None:
-    """Without model.path, only stage 1 of a world that brings a fresh model knows what to start from."""
+class _Policy(NamedTuple):
+    """What is known of a policy before its weights are read."""
+
+    settings: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _check_policy(config: Config, command: str, stages: set[str], sources: Sources) -> _Policy | None:
+    """The policy that the stages start from; without model.path, only a world's stage 1 has one."""
+    trust = config.model.trust_remote_code
+    if config.model.path:
+        settings = load_config(config.model.path, LoadOptions(trust_remote_code=trust))
+        return _Policy(settings, load_tokenizer(config.model.tokenizer or config.model.path, trust_remote_code=trust))
     if "sft" in stages:
-        if sources.scratch() is None:
+        fresh = sources.scratch()
+        if fresh is None:
             raise ConfigError(
                 "model.path is empty and the data brings no model of its own; "
                 "give a folder, a hub name or a fetched name, e.g. --model.path smollm2"
             )
-    elif command == "pipeline":
+        return _Policy(fresh[0].config, fresh[1])
+    if command == "pipeline":
         raise ConfigError("sft.skip is true and model.path is empty, so there is no model; give model.path")
-    elif command == "ppo":
+    if command == "ppo":
         raise ConfigError("model.path is empty; give --model.path FOLDER, e.g. the export of the sft stage")
-    elif config.reward.model == "policy":
+    if config.reward.model == "policy":
         raise ConfigError(
             "reward.model is `policy` but there is no policy, because model.path is empty; "
             "give --model.path FOLDER (the export of the sft stage), or another --reward.model"
         )
+    return None
 
 
-def _trust(config: Config) -> LoadOptions:
-    return LoadOptions(trust_remote_code=config.model.trust_remote_code)
+def _check_judge(config: Config, sources: Sources, policy: _Policy | None) -> None:
+    """The reward model's backbone, and that its tokenizer can read a comparison (a chat needs its template)."""
+    if config.reward.model == "policy":
+        assert policy is not None, "checked before"
+        tokenizer = policy.tokenizer
+    else:
+        trust = config.model.trust_remote_code
+        load_config(config.reward.model, LoadOptions(trust_remote_code=trust))
+        tokenizer = load_tokenizer(config.reward.model, trust_remote_code=trust)
+    encode_comparison(tokenizer, sources.preferences("train")[0], chat=config.data.chat)
 
 
-def _check_ppo(config: Config, sources: Sources) -> None:
+def _check_ppo(config: Config, sources: Sources, policy: _Policy | None) -> None:
     ppo = config.ppo
     for name, part in ppo.rewards.items():
         check_part(name, part)
     if config.evaluate.gold:
         check_part("gold", RewardPart(use=config.evaluate.gold))
-    if config.model.path:
-        settings = load_config(config.model.path, _trust(config))
-        name = config.model.tokenizer or config.model.path
-        tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
-    else:
-        fresh = sources.scratch()
-        assert fresh is not None, "checked before"
-        settings, tokenizer = fresh[0].config, fresh[1]
+    assert policy is not None, "checked before"
+    settings, tokenizer = policy
     layers = settings.get_text_config().num_hidden_layers
     if ppo.critic_layers > layers:
         raise ConfigError(f"ppo.critic_layers is {ppo.critic_layers} but the policy has only {layers} layers; lower it")
     limits = Limits.of(settings)
     cure = "shorten or drop the row (data.max_prompt_length with data.truncate), or lower ppo.max_new_tokens"
     for split in _SPLITS:
-        for prompt in load_prompts(config, sources, tokenizer, split):
+        prompts = load_prompts(config, sources, tokenizer, split)
+        if config.data.truncate == "drop":
+            left_out = len(sources.prompts(split)) - len(prompts)
+            tell_dropped(left_out, f"prompts ({split})", f"data.max_prompt_length {config.data.max_prompt_length}")
+        for prompt in prompts:
             limits.check(prompt.id, prompt.token_ids, cure, reserve=ppo.max_new_tokens)

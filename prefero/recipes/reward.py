@@ -25,7 +25,7 @@ from prefero.models.trunk import evaluating
 from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
-from prefero.recipes.sources import Split
+from prefero.recipes.sources import Split, spread
 from prefero.trainer import RewardModelTrainer
 from prefero.types import Metrics, PreferenceBatch
 
@@ -39,18 +39,16 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
     model = AutoRM(pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout)
     strategy, limits = make_strategy(config, num_parameters(model)), Limits.of(model.model.config)
-    loader = comparisons(session, tokenizer, "train", limits)
+    loader, heldout = (comparisons(session, tokenizer, split, limits) for split in ("train", "heldout"))
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("reward", steps)
-    model, optimizer = strategy.prepare(
-        (model, adamw(config, model, settings.learning_rate, settings.weight_decay))
-    )
+    model, optimizer = strategy.prepare((model, adamw(config, model, settings.learning_rate, settings.weight_decay)))
     trainer = RewardModelTrainer(
         model,
         strategy,
         optimizer,
         Steps(loader, steps),
-        comparisons(session, tokenizer, "heldout", limits),
+        heldout,
         max_epochs=1,
         loss_fn=settings.loss,
         centering=settings.centering,
@@ -62,9 +60,8 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     )
     metrics = trainer.fit()
     model.save_pretrained(session.run.model, tokenizer)
-    write_statistics(session.run.model, *score_statistics(model, comparisons(session, tokenizer, "heldout", limits)))
-    summary = {"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics}
-    session.run.write_summary({**summary, "seconds": round(session.seconds, 1)})
+    write_statistics(session.run.model, *score_statistics(model, heldout))
+    session.finish({"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics})
     return session.run.model, metrics
 
 
@@ -87,7 +84,7 @@ def comparisons(session: Session, tokenizer: Any, split: Split, limits: Limits) 
     rows = session.sources.preferences(split)
     limit = settings.max_rows if split == "train" else config.evaluate.max_pairs
     if limit:
-        rows = rows[:limit]
+        rows = spread(rows, limit)
     group_by = session.sources.group_by
 
     known: dict[tuple[str, str], tuple[int, ...]] = {}

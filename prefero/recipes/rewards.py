@@ -8,12 +8,15 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefero.config import ConfigError, RewardPart
 from prefero.models.base import RewardModel
-from prefero.models.loading import load_config, load_tokenizer
+from prefero.models.loading import load_config, load_tokenizer, resolve
 from prefero.recipes.limits import Limits
 from prefero.rewards.base import Reward
 from prefero.rewards.combined import WeightedSum
@@ -22,32 +25,42 @@ from prefero.rewards.model import ModelReward
 from prefero.rewards.rules import Contains, EndsWithEOS, LengthPenalty, MaxWords, NoRepetition, Vader
 
 
-def build_reward(parts: Mapping[str, RewardPart], trained: Path | None, max_length: int, batch_size: int) -> Reward:
-    """The weighted sum of the named parts; no parts: the reward model at `trained`.
+@dataclass(frozen=True)
+class Judging:
+    """How reward models are used: texts of at most `max_length` tokens, `batch_size` at once, on `device`.
+
+    trained: the folder of the reward model that `trained` means, if there is one.
+    """
+
+    trained: Path | None
+    max_length: int = 512
+    batch_size: int = 32
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 immutable
+
+
+def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
+    """The weighted sum of the named parts; no parts: the reward model just trained.
 
     Raises ConfigError naming the part that cannot be built and the forms `use` may take.
     """
     if not parts:
         parts = {"reward_model": RewardPart(use="trained")}
-    terms = {
-        name: (build_part(name, part, trained, max_length, batch_size), part.weight) for name, part in parts.items()
-    }
-    return WeightedSum(terms)
+    return WeightedSum({name: (build_part(name, part, how), part.weight) for name, part in parts.items()})
 
 
-def build_part(name: str, part: RewardPart, trained: Path | None, max_length: int, batch_size: int) -> Reward:
+def build_part(name: str, part: RewardPart, how: Judging) -> Reward:
     """One term of a reward."""
     kind, _, rest = part.use.partition(":")
     if part.use == "trained":
-        if trained is None:
+        if how.trained is None:
             raise ConfigError(
                 f"ppo.rewards.{name}.use is `trained`, but no reward model was trained before this stage; "
                 f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model "
                 "(`prefero evaluate` takes it as --reward-model)"
             )
-        return load_model_reward(trained, max_length, batch_size, part.clamp)
+        return load_model_reward(str(how.trained), how, part.clamp)
     if kind == "model":
-        return load_model_reward(Path(rest), max_length, batch_size, part.clamp)
+        return load_model_reward(rest, how, part.clamp)
     if kind == "rule":
         return build_rule(name, rest)
     if part.use == "vader":
@@ -67,7 +80,7 @@ def check_part(name: str, part: RewardPart) -> None:
     if part.use.startswith("model:"):
         check_judge(part.use.removeprefix("model:"))
     elif part.use != "trained":
-        build_part(name, part, None, 2, 1)
+        build_part(name, part, Judging(None))
 
 
 @contextmanager
@@ -142,18 +155,19 @@ def check_judge(name: str) -> None:
         )
 
 
-def load_model_reward(folder: Path, max_length: int, batch_size: int, clamp: float = 0.0) -> ModelReward:
-    """A reward model with its own tokenizer, from the folder that the reward stage exported.
+def load_model_reward(name: str, how: Judging, clamp: float = 0.0) -> ModelReward:
+    """A reward model with its own tokenizer, from a run of the reward stage or the folder it exported.
 
     Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
     """
-    check_judge(str(folder))
-    model = RewardModel.from_pretrained(str(folder))
-    model.requires_grad_(False)
-    max_length = Limits.of(model.model.config).shorten(max_length)
-    tokenizer = load_tokenizer(str(folder))
-    mean, std = read_statistics(folder)
-    return ModelReward(model, tokenizer, batch_size, max_length, shift=mean, scale=std, clamp=clamp or None)
+    check_judge(name)
+    model = RewardModel.from_pretrained(name)
+    model.requires_grad_(False).to(how.device)
+    max_length = Limits.of(model.model.config).shorten(how.max_length)
+    mean, std = read_statistics(Path(resolve(name)))
+    return ModelReward(
+        model, load_tokenizer(name), how.batch_size, max_length, shift=mean, scale=std, clamp=clamp or None
+    )
 
 
 def write_statistics(folder: Path, mean: float, std: float) -> None:

@@ -49,7 +49,9 @@ def find_config(name: str) -> Path:
     if path.parent.name in ("", "configs") and inside.is_file():
         return inside
     names = ", ".join(f"configs/{file.name}" for file in sorted(shipped.glob("*.yaml")))
-    raise ConfigError(f"there is no config file {name}; these come with prefero: {names}")
+    raise ConfigError(
+        f"there is no config file {name} (CONFIG comes first, before any --key value); these come with prefero: {names}"
+    )
 
 
 def shipped_configs() -> Path:

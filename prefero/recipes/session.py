@@ -63,10 +63,9 @@ class Session:
             yield replace(self, run=run, tracker=Trackers([own, self.tracker]), started=time.monotonic())
         write_report(run.path)
 
-    def finish(self, summary: dict[str, Any]) -> Path:
-        """Writes the summary, the duration and the report; returns the report's path."""
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes the summary with the duration."""
         self.run.write_summary({**summary, "seconds": round(self.seconds, 1)})
-        return write_report(self.run.path)
 
 
 @contextmanager

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefero.config import ConfigError
 from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
 from prefero.data.formats import SFTRow
 from prefero.data.tokenize import Example, TooLongError
 from prefero.recipes.limits import Limits
 from prefero.recipes.session import Session, Steps, adamw, load_policy, make_strategy, num_parameters, schedule
-from prefero.recipes.sources import Split, spread
+from prefero.recipes.sources import Split, spread, tell_dropped
 from prefero.trainer import SFTTrainer
 from prefero.types import TokenBatch
 
@@ -26,9 +25,7 @@ def train_sft(session: Session) -> Path:
     loader = _loader(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("sft", steps)
-    actor, optimizer = strategy.prepare(
-        (actor, adamw(config, actor, settings.learning_rate, settings.weight_decay))
-    )
+    actor, optimizer = strategy.prepare((actor, adamw(config, actor, settings.learning_rate, settings.weight_decay)))
     trainer = SFTTrainer(
         actor,
         strategy,
@@ -42,30 +39,29 @@ def train_sft(session: Session) -> Path:
     )
     metrics = trainer.fit()
     actor.save_pretrained(session.run.model, tokenizer)
-    session.run.write_summary({"stage": "sft", **metrics, "seconds": round(session.seconds, 1)})
+    session.finish({"stage": "sft", **metrics})
     return session.run.model
 
 
 def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:
     config, settings = session.config, session.config.sft
     rows = session.sources.sft(split)
-    if split == "heldout":
-        rows = spread(rows, config.evaluate.max_demonstrations)
-    elif settings.max_rows:
-        rows = rows[: settings.max_rows]
+    if limit := settings.max_rows if split == "train" else config.evaluate.max_demonstrations:
+        rows = spread(rows, limit)
 
     def encode(row: SFTRow) -> Example:
         try:
             example = encode_sft(tokenizer, row, settings.max_length, truncate="right", chat=config.data.chat)
         except TooLongError:
-            raise ConfigError(
+            raise TooLongError(
                 f"{row.id}: the prompt alone fills sft.max_length {settings.max_length}, nothing is left to imitate; "
-                "raise it, or leave the row out"
+                "raise it, leave the row out, or leave out all such rows with --data.truncate drop"
             ) from None
         limits.check(row.id, example.token_ids, "lower sft.max_length")
         return example
 
-    examples = encode_rows(rows, encode)
+    examples = encode_rows(rows, encode, drop=config.data.truncate == "drop")
+    tell_dropped(len(rows) - len(examples), f"sft ({split})", f"sft.max_length {settings.max_length}")
     filler = pad_id(tokenizer)
     return Loader(
         examples,

@@ -16,14 +16,9 @@ def show_result(folder: Path) -> None:
     run = RunFolder.open(folder)
     pairs = [row for row in run.samples() if row and "before" in row]
     if pairs:
-        before, after = ([_side(row, side) for row in pairs] for side in ("before", "after"))
-        sample_table(before, after)
+        sample_table(pairs)
     for line in (*_numbers(run.summary()), *_places(run), *_next(run)):
         print_plain(line, sys.stdout)
-
-
-def _side(row: dict[str, Any], side: str) -> dict[str, Any]:
-    return {"prompt": row["prompt"], "completion": row[side], "gold": row.get(f"gold_{side}")}
 
 
 def _numbers(summary: dict[str, Any]) -> list[str]:

@@ -120,7 +120,7 @@ class FileSources(Sources):
         self._known: dict[str, Sequence[Any]] = {}
 
     def sft(self, split: Split) -> Sequence[SFTRow]:
-        return self._split(self._read("sft", to_sft), split)
+        return self._rows("sft", to_sft, split)
 
     def preferences(self, split: Split) -> Sequence[Comparison]:
         return self._rows("preferences", to_preferences, split)
@@ -148,13 +148,21 @@ class FileSources(Sources):
 
     def _split(self, rows: Sequence[RowT], split: Split) -> Sequence[RowT]:
         fraction = self.config.heldout_fraction
-        kept = [row for row in rows if (_share(row) < fraction) == (split == "heldout")]
+        whole = len({_question(row) for row in rows}) == 1  # many answers to one prompt are split as they are
+        shares = (_share(repr(row) if whole else _question(row)) for row in rows)
+        kept = [row for row, share in zip(rows, shares, strict=True) if (share < fraction) == (split == "heldout")]
         if not kept:
             raise ConfigError(
                 f"{rows!r}: no row falls into the {split} split at data.heldout_fraction {fraction}; "
                 "give more rows, another fraction, or a held-out file"
             )
         return kept
+
+
+def tell_dropped(count: int, rows: str, limit: str) -> None:
+    """Says how many rows were left out for being too long: never in silence."""
+    if count:
+        print(f"{rows}: {count} rows left out, longer than {limit} tokens", file=sys.stderr)
 
 
 def _say_what_is_missing(table: Table[Any]) -> None:
@@ -167,12 +175,16 @@ def _say_what_is_missing(table: Table[Any]) -> None:
             print(f"{table.source}: {count} rows left out ({why})", file=sys.stderr)
 
 
-def _share(row: PromptRow | Comparison | SFTRow) -> float:
-    """A number in [0, 1) that depends on the prompt alone, so that one prompt never lands in both splits."""
+def _question(row: PromptRow | Comparison | SFTRow) -> str:
+    """What decides a row's split: its prompt, so that one prompt never lands in both."""
     prompt = row.messages[:-1] if isinstance(row, Conversation) else row.prompt
     # Plain texts have no prompt: each is its own.
-    question = prompt or (row.completion if isinstance(row, Demonstration) else row)
-    digest = hashlib.sha256(repr(question).encode("utf-8", "backslashreplace")).digest()
+    return repr(prompt or (row.completion if isinstance(row, Demonstration) else row))
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

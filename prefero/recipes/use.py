@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prefero.config import load_config
 from prefero.data.formats import to_prompts
 from prefero.data.sources import read_rows
 from prefero.data.tokenize import encode_prompt
@@ -20,27 +21,18 @@ from prefero.models.loading import load_tokenizer
 from prefero.recipes.session import num_parameters, set_up_machine
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
+from prefero.strategies.naive import pick_device
 from prefero.tracking.text import for_terminal, visible
 from prefero.types import Message, Prompt
 
 
-def model_folder(name: str) -> str:
-    """The export inside a run folder; any other name (a model folder, fetched or hub name) as it is."""
-    inside = Path(name).expanduser() / "model"
-    if (inside / "config.json").is_file():
-        return str(inside)
-    if inside.is_dir() and (inside.parent / "metrics.jsonl").is_file():
-        raise ValueError(f"{inside} is empty: the run in {name} has not finished; let it end, or name another model")
-    return name
-
-
-def load_for_use(name: str, trust_remote_code: bool = False) -> tuple[Actor, PreTrainedTokenizerBase]:
-    """A model to sample from, with its tokenizer."""
-    folder = model_folder(name)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    actor = AutoActor(pretrained=folder, trust_remote_code=trust_remote_code)
+def load_for_use(name: str, device: str = "", trust_remote_code: bool = False) -> tuple[Actor, PreTrainedTokenizerBase]:
+    """A model to sample from (a run, model folder, fetched or hub name) on its device, with its tokenizer."""
+    place = pick_device(device or None)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    actor = AutoActor(pretrained=name, trust_remote_code=trust_remote_code)
     set_up_machine(num_parameters(actor))
-    return actor.requires_grad_(False), tokenizer
+    return actor.requires_grad_(False).to(place), tokenizer
 
 
 _MAX_NEW_TOKENS = 128
@@ -65,8 +57,9 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {args.out}, but there is no folder {Path(args.out).parent}; make it first")
-    actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
-    prompts = [encode_prompt(tokenizer, text, id) for id, text in _texts(args)]
+    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code)
+    chat = _was_chat(args.model) if args.chat is None else args.chat
+    prompts = [encode_prompt(tokenizer, text, id, chat=chat) for id, text in _texts(args)]
     params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     completions = HFEngine(actor, tokenizer).generate(repeated, params)
@@ -86,6 +79,12 @@ def generate(args: Namespace) -> None:
         return
     for row in rows:
         print(f"> {for_terminal(row['prompt'])}\n{for_terminal(row['completion'])}\n")
+
+
+def _was_chat(model: str) -> bool:
+    """Whether this is the folder of a run that put its prompts through the chat template."""
+    file = Path(model).expanduser() / "config.yaml"
+    return file.is_file() and load_config(file).data.chat
 
 
 def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
@@ -113,7 +112,7 @@ def _checked(text: str, name: str) -> str:
 
 def chat(args: Namespace) -> None:
     """`prefero chat`: a conversation in the terminal; models without a chat template continue each line on its own."""
-    actor, tokenizer = load_for_use(args.model, args.trust_remote_code)
+    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code)
     engine, context = HFEngine(actor, tokenizer), _context(actor)
     templated = bool(tokenizer.chat_template)
     if args.system and not templated:
@@ -132,7 +131,7 @@ def chat(args: Namespace) -> None:
             prompt = encode_prompt(tokenizer, question, f"turn {turn}", max_length=context and context - 1)
         except ValueError as error:
             messages.pop()
-            print(f"({error}; /new starts over)", file=sys.stderr)
+            print(f"({visible(str(error))}; /new starts over)", file=sys.stderr)
             continue
         answer = _say(engine, prompt, sampling(args, context, len(prompt.token_ids)))
         messages.append({"role": "assistant", "content": answer})

@@ -125,7 +125,7 @@ class Watcher(Callback):
         self.actor.save_pretrained(self.session.run.model, self.tokenizer)
         self.session.tracker.log_samples(before_after_rows(self.before, self.after), self.session.config.ppo.steps)
         summary = self._summary()
-        self.session.run.write_summary(summary | {"seconds": round(self.session.seconds, 1)})
+        self.session.finish(summary)
         return PPOResult(self.session.run.model, self.before, self.after, summary)
 
     def _summary(self) -> dict[str, Any]:

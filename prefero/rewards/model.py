@@ -26,9 +26,9 @@ class ModelReward:
 
     reward_model: maps (token_ids [B, T], attention_mask [B, T]), padded on the right, to scores [B]. batch_size:
     texts per forward, longest first. max_length: tokens a text may have. shift, scale: the score is
-    (output - shift) / scale. clamp: then limited to -clamp ... clamp. chat: read columns["messages"] and the
-    completion through the tokenizer's chat template instead of plain text. `num_truncated` counts the texts cut so
-    far. Raises ValueError for settings that mean nothing, and prompts without messages when `chat`.
+    (output - shift) / scale. clamp: then limited to -clamp ... clamp. A prompt that was messages
+    (columns["messages"]) is read with the completion through the tokenizer's own chat template, if it has one.
+    `num_truncated` counts the texts cut so far. Raises ValueError for settings that mean nothing.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class ModelReward:
         shift: float = 0.0,
         scale: float = 1.0,
         clamp: float | None = None,
-        chat: bool = False,
     ) -> None:
         self._prefix, _ = frame(tokenizer)
         _at_least("batch_size", batch_size, 1)
@@ -55,7 +54,6 @@ class ModelReward:
         self.batch_size = batch_size
         self.max_length = max_length
         self.shift, self.scale, self.clamp = shift, scale, clamp
-        self.chat = chat
         self.name = "reward_model"
         self.num_truncated = 0
 
@@ -78,13 +76,8 @@ class ModelReward:
 
     def _encode(self, rollout: Rollout, prompts: dict[str, Prompt]) -> list[int]:
         text, completion = rollout.prompt.text, rollout.completion.text
-        if self.chat:
-            messages = rollout.prompt.columns.get("messages")
-            if not messages:
-                raise ValueError(
-                    f"reward model with chat: prompt {rollout.prompt.id!r} has no column 'messages': give prompts as "
-                    "messages, or set chat to false"
-                )
+        messages = rollout.prompt.columns.get("messages")
+        if messages and self.tokenizer.chat_template:
             spoken = [*messages, {"role": "assistant", "content": completion}]
             ids = encode_conversation(self.tokenizer, spoken, rollout.prompt.id).token_ids
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,17 +134,3 @@ class Vader(_Rule):
         """Between -1 and 1."""
         text = rollout.completion.text if self.of == "completion" else rollout.prompt.text + rollout.completion.text
         return float(self._analyser.polarity_scores(text)["compound"])
-
-
-def vader(of: Literal["completion", "all"] = "completion") -> Vader:
-    """The sentiment rule; see `Vader`."""
-    return Vader(of)
-
-
-# The rules that need no settings, by the names configs use.
-RULES: Mapping[str, Callable[[], _Rule]] = {
-    "ends_with_eos": EndsWithEOS,
-    "length_penalty": LengthPenalty,
-    "max_words": MaxWords,
-    "no_repetition": NoRepetition,
-}

@@ -36,6 +36,10 @@ class NaiveStrategy(Strategy):
         self.precision = "bf16" if native or precision == "bf16" else "fp32"
         self.max_norm = max_norm
 
+    def model_init_context(self) -> AbstractContextManager[Any]:
+        """Models are built on the device itself, not in main memory first; in float32, the precision they train in."""
+        return self.device
+
     def setup_distributed(self) -> None:
         """Nothing to join."""
 

@@ -102,24 +102,10 @@ def sample_rows(rollouts: Iterable[ScoredRollout], columns: Sequence[str] = ()) 
     ]
 
 
-def paired_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows {prompt, before, after, gold_before, gold_after} from two lists of {prompt, completion, gold} rows.
-
-    `gold` may be absent, and is then absent here. Raises ValueError when the lists are not about the same prompts.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} samples before, {len(after)} after; sample the same prompts in the same order")
-    rows = []
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        for row in (old, new):
-            if missing := [key for key in ("prompt", "completion") if key not in row]:
-                raise ValueError(f"sample {index} has no column {missing[0]!r}; it has {sorted(map(str, row))}")
-        if old["prompt"] != new["prompt"]:
-            raise ValueError(
-                f"sample {index} is about {old['prompt']!r:.80} before and {new['prompt']!r:.80} after; "
-                "sample the same prompts in the same order"
-            )
-        row = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
-        golds = {"gold_before": old.get("gold"), "gold_after": new.get("gold")}
-        rows.append(row | {key: float(gold) for key, gold in golds.items() if gold is not None})
-    return rows
+def pair_scores(row: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """What a before/after row was judged by, "gold" or else "reward" ("" for neither), and both scores (or None)."""
+    for kind in ("gold", "reward"):
+        scores = row.get(f"{kind}_before"), row.get(f"{kind}_after")
+        if scores != (None, None):
+            return kind, *scores
+    return "", None, None

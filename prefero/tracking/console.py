@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from prefero.tracking.base import as_number, paired_samples
+from prefero.tracking.base import as_number, pair_scores
 from prefero.tracking.names import duration, headline, kind, leaf, section, short
 from prefero.tracking.text import for_terminal
 
@@ -217,8 +217,7 @@ class _LiveDisplay:
 
 
 def sample_table(
-    before: Sequence[Mapping[str, Any]],
-    after: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     *,
     stream: TextIO | None = None,
     width: int | None = None,
@@ -226,10 +225,8 @@ def sample_table(
 ) -> None:
     """Prints the same prompts answered before and after: a table on a wide terminal, plain blocks otherwise.
 
-    before, after: rows with prompt, completion and, if known, gold. limit: rows shown. Raises ValueError when the two
-    lists are not about the same prompts.
+    rows: with prompt, before, after and, if known, gold_before and gold_after (or reward_...). limit: rows shown.
     """
-    rows = paired_samples(before, after)
     stream = sys.stdout if stream is None else stream
     if is_interactive(stream):
         console = Console(file=stream, width=width, highlight=False)
@@ -238,23 +235,23 @@ def sample_table(
             return
     for row in rows[:limit]:
         print_plain(for_terminal(str(row["prompt"]), 300), stream)
-        for side in ("before", "after"):
-            gold = f"[gold {short(row['gold_' + side])}] " if f"gold_{side}" in row else ""
-            print_plain(f"  {side + ':':8}{gold}{for_terminal(str(row[side]), 300)}", stream)
+        kind, *scores = pair_scores(row)
+        for side, score in zip(("before", "after"), scores, strict=True):
+            shown = "" if score is None else f"[{kind} {short(score)}] "
+            print_plain(f"  {side + ':':8}{shown}{for_terminal(str(row[side]), 300)}", stream)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     table = Table(title="The same held-out prompts, before and after", show_lines=True, width=min(width, 160))
     for heading in ("prompt", "before", "after"):
         table.add_column(heading, ratio=1, overflow="fold")
-    with_gold = any("gold_before" in row or "gold_after" in row for row in rows)
-    if with_gold:
-        table.add_column("gold", justify="right", no_wrap=True)
+    kind = next(filter(None, (pair_scores(row)[0] for row in rows)), "")
+    if kind:
+        table.add_column(kind, justify="right", no_wrap=True)
     for row in rows:
         # Text objects, never strings: a string would have its [brackets] read as markup.
         cells = [Text(for_terminal(str(row[key]), 300)) for key in ("prompt", "before", "after")]
-        if with_gold:
-            golds = [short(row[key]) if key in row else "–" for key in ("gold_before", "gold_after")]
-            cells.append(Text(" → ".join(golds)))
+        if kind:
+            cells.append(Text(" → ".join("–" if score is None else short(score) for score in pair_scores(row)[1:])))
         table.add_row(*cells)
     return table

@@ -149,11 +149,13 @@ def _worse_than_before(summary: Mapping[str, Any]) -> Iterator[Notice]:
         return
     spread = stderr if isinstance(stderr, int | float) else 0.0
     if after < before - 2 * spread:
+        rewarded = summary.get("heldout_reward_is") == "reward"
+        what, whose = ("reward", "trained on") if rewarded else ("gold reward", "never trained on")
         yield Notice(
             "warning",
-            "Gold is lower than before",
-            f"On held-out prompts the gold reward went from {short(before)} to {short(after)}: by the measure that was "
-            "never trained on, this run made the model worse.",
+            f"{'Reward' if rewarded else 'Gold'} is lower than before",
+            f"On held-out prompts the {what} went from {short(before)} to {short(after)}: by the measure that was "
+            f"{whose}, this run made the model worse.",
         )
 
 

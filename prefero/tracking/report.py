@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from prefero.tracking.base import pair_scores
 from prefero.tracking.charts import LARGE, SMALL, Chart, draw
 from prefero.tracking.history import History, finite_number, read_history
 from prefero.tracking.names import KINDS, by_importance, duration, kind, section, short
@@ -86,13 +87,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same prompt answered before and after, with gold rewards where known."""
+    """The same prompt answered before and after, with what both were worth where known ("" where not)."""
 
     prompt: Words
     before: Words
     after: Words
-    gold_before: str
-    gold_after: str
+    judged_by: str
+    score_before: str
+    score_after: str
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def render(run: RunFolder, *, kl_bound: float = KL_BOUND) -> str:
         stages=_stages(history),
         pairs=pairs,
         hidden_pairs=hidden_pairs,
-        with_gold=any(pair.gold_before or pair.gold_after for pair in pairs),
+        judged_by=next((pair.judged_by for pair in pairs if pair.judged_by), ""),
         sampled=sampled,
         settings=_settings(config),
         versions=[(key, _value(item)) for key, item in versions.items()] if isinstance(versions, dict) else [],
@@ -292,8 +294,10 @@ def _samples(run: RunFolder) -> tuple[list[Pair], int, list[tuple[str, list[Samp
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    golds = [_optional(row.get(key)) for key in ("gold_before", "gold_after")]
-    return Pair(_words(row.get("prompt", "")), _words(row["before"]), _words(row["after"]), golds[0], golds[1])
+    kind, *scores = pair_scores(row)
+    before, after = map(_optional, scores)
+    texts = (_words(row.get("prompt", "")), _words(row["before"]), _words(row["after"]))
+    return Pair(*texts, kind.capitalize(), before, after)
 
 
 def _sampled(row: Mapping[str, Any]) -> Sampled:

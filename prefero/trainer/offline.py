@@ -46,6 +46,8 @@ class OfflineTrainer(ABC, Generic[BatchT]):
                              ("eval_interval", eval_interval)):  # fmt: skip
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
+        # As the older trainers did it themselves; what is placed already stays as it is.
+        strategy.prepare((learner.model, learner.optimizer))
         self.strategy = strategy
         self.algorithm = algorithm
         self.learner = learner

@@ -111,4 +111,6 @@ def _loader(data: Any, batch_size: int, shuffle: bool) -> Iterable[Any]:
         return data  # type: ignore[no-any-return]
     if not isinstance(data[0], (tuple, list)) or len(data[0]) != 4:
         raise ValueError(_WANTED.format(type(data[0]).__name__))
-    return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_pairs)
+    # In order nothing is drawn, yet a loader without a generator of its own would still move the global one.
+    generator = None if shuffle else torch.Generator()
+    return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_pairs, generator=generator)

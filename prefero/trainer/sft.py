@@ -113,7 +113,9 @@ def token_batch(batch: Mapping[str, Tensor]) -> TokenBatch:
 
 def _loader(data: Iterable[Any], batch_size: int, shuffle: bool) -> Iterable[Any]:
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=_collate)
+        # In order nothing is drawn, yet a loader without a generator of its own would still move the global one.
+        generator = None if shuffle else torch.Generator()
+        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=_collate, generator=generator)
     return data
 
 

@@ -24,7 +24,7 @@ def test_left_padded_prompts_continue_as_alone(family: Family, beams: int, pad: 
     alone = actor.generate(short, **settings)[0][:, 4:]
     prompt, mask = padded(short, 4, 0, pad)
     together, full_mask, _ = actor.generate(
-        torch.cat([prompt, long]), torch.cat([mask, torch.ones_like(long)]), **settings
+        torch.cat([prompt, long]), attention_mask=torch.cat([mask, torch.ones_like(long)]), **settings
     )
     assert torch.equal(together[:1, 8:], alone)
     assert full_mask[0, :8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -108,7 +108,7 @@ def test_masks_of_an_answer_when_pad_is_eos() -> None:
     prompt[0, 3] = EOS  # a real EOS in the middle of the prompt is text
     torch.manual_seed(0)
     sequences, full, actions = actor.generate(
-        prompt, mask, max_length=40, eos_token_id=EOS, pad_token_id=EOS, temperature=3.0
+        prompt, attention_mask=mask, max_length=40, eos_token_id=EOS, pad_token_id=EOS, temperature=3.0
     )
     assert full[0, :6].tolist() == [0, 0, 1, 1, 1, 1]
     ended = 0
@@ -127,7 +127,7 @@ def test_without_a_mask_only_the_leading_run_of_pads_is_padding() -> None:
     actor = Actor(loud(tiny_llama()))
     settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": EOS, "pad_token_id": PAD}
     prompt, mask = padded(tokens(1, 4), 3, 0, PAD)
-    assert torch.equal(actor.generate(prompt, **settings)[0], actor.generate(prompt, mask, **settings)[0])
+    assert torch.equal(actor.generate(prompt, **settings)[0], actor.generate(prompt, True, mask, **settings)[0])
     assert len(actor.generate(prompt, return_action_mask=False, **settings)) == 2
 
 

@@ -63,6 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "empty.jsonl": [],
         "corrupt.jsonl": [*lines[:5], '{"prompt": "how', *lines[5:]],
+        "escape.jsonl": [json.dumps({"\x1b]0;pwned\x07": "how"})] * 9,
         "no_column.jsonl": ['{"promt": "how"}'] * 9,
         "long.jsonl": [*lines, json.dumps({"prompt": "good bad " * 100})],
         "no_answer.jsonl": ['{"prompt": "how", "completion": ""}'] * 9,
@@ -90,6 +91,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--model.path", ""], ["model.path is empty"]),
         (["--model.path", "small"], ["prompts.jsonl:1", "vocabulary has 10", "model.tokenizer"]),
         (["--reward.model", "nowhere"], ["unknown model 'nowhere'"]),
+        (["--reward.skip", "--sft.skip", "--ppo.skip"], ["nothing to do"]),
+        (["--kl-target", "6", "--kl-horizon", "1", "--prompts-per-step", "8"], ["ppo.kl_horizon 1", "raise it to 8"]),
+        (["--data.prompts", "escape.jsonl"], ["escape.jsonl: columns ␛]0;pwned"]),
         (["--critic-layers", "9"], ["ppo.critic_layers is 9", "only 2 layers"]),
         (["--strategy.device", "quantum"], ["quantum"]),
         (["--sft.skip", "--model.path", ""], ["sft.skip is true and model.path is empty"]),
@@ -113,6 +117,7 @@ def test_a_pipeline_that_cannot_end_does_not_begin(
     error = shown.err.strip().splitlines()[-1]
     assert error.startswith("prefero: error: ")
     assert all(message in error for message in messages), error
+    assert "\x1b" not in error
     assert "sft" not in shown.out
     assert not Path("run").exists()
 
@@ -137,6 +142,99 @@ def test_a_stage_that_meets_bad_input_names_it(
     error = capsys.readouterr().err
     assert "prefero: error: " in error
     assert all(message in error for message in messages), error
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo"])
+def test_overwrite_clears_nothing_for_a_run_that_cannot_begin(folder: Path, command: str) -> None:
+    assert main([command, "own.yaml", "--out", "run"]) == 0
+    kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert main([command, "own.yaml", "--out", "run", "--overwrite", "--model.path", "typo"]) == 2
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == kept
+
+
+def test_an_evaluation_that_cannot_begin_clears_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFERO_CACHE", str(folder / "cache"))
+    assert main(["ppo", "own.yaml", "--out", "run"]) == 0
+    assert main(["evaluate", "run", "--out", "numbers"]) == 0
+    kept = Path("numbers/metrics.jsonl").read_bytes()
+
+    def refused(*flags: str) -> bool:
+        status = main(["evaluate", "run", "--out", "numbers", "--overwrite", *flags])
+        return status == 2 and Path("numbers/metrics.jsonl").read_bytes() == kept
+
+    assert refused("--reference", "typo")
+    assert refused("--reward-model", "typo")
+    assert refused("--hhh")
+    assert "prefero fetch bigbench" in capsys.readouterr().err
+    (folder / "cache" / "data" / "bigbench").mkdir(parents=True)
+    long = {"prompt": "good " * 200, "chosen": " good", "rejected": " bad", "category": "honest"}
+    (folder / "cache" / "data" / "bigbench" / "hhh.jsonl").write_text(json.dumps(long) + "\n")
+    assert refused("--hhh")
+    assert "hhh.jsonl:1" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_the_next_stage_s_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "own.yaml", "--out", "first"]) == 0
+    assert main(["reward", "own.yaml", "--out", "judge", "--model.path", "first"]) == 0
+    flags = ["--model.path", "first", "--rewards.r.use", "model:judge"]
+    assert main(["ppo", "own.yaml", "--out", "run", *flags]) == 0
+    assert "rollout/reward_r/raw" in Path("run/metrics.jsonl").read_text()  # normalised by the judge's statistics
+    Path("judge/model/config.json").unlink()
+    assert main(["ppo", "own.yaml", "--out", "again", *flags]) == 2
+    assert "'judge': the run in this folder has not finished" in capsys.readouterr().err
+
+
+def test_only_a_reward_model_may_be_asked_for(folder: Path) -> None:
+    assert main(["pipeline", "own.yaml", "--out", "run", "--sft.skip", "--ppo.skip"]) == 0
+    assert "rm_accuracy" in json.loads(Path("run/summary.json").read_text())
+    assert json.loads(Path("run/model/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_many_answers_to_one_prompt_are_split(folder: Path) -> None:
+    rows = [{"prompt": "how ?", "completion": f" good {'bad ' * i}."} for i in range(1, 60)]
+    Path("one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["sft", "own.yaml", "--out", "run", "--data.sft", "one.jsonl"]) == 0
+    assert main(["sft", "own.yaml", "--out", "two", "--data.sft", "one.jsonl", "--data.sft-heldout", "sft.jsonl"]) == 0
+
+
+def test_rows_too_long_are_left_out_when_asked_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("sft.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "good " * 100, "completion": " bad"}) + "\n")
+    flags = ["--max-length", "20", "--heldout-fraction", "0.5"]
+    assert main(["sft", "own.yaml", "--out", "run", *flags]) == 2
+    assert "sft.jsonl:33: the prompt alone fills sft.max_length 20" in capsys.readouterr().err
+    assert main(["sft", "own.yaml", "--out", "run", "--overwrite", *flags, "--data.truncate", "drop"]) == 0
+    assert "1 rows left out, longer than sft.max_length 20 tokens" in capsys.readouterr().err
+    flags = ["--data.prompts", "long.jsonl", "--max-prompt-length", "64", "--data.truncate", "drop"]
+    assert main(["ppo", "own.yaml", "--out", "ppo", *flags]) == 0
+    assert "1 rows left out, longer than data.max_prompt_length 64 tokens" in capsys.readouterr().err
+
+
+def test_human_preferences_are_asked_of_policy_and_reward_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy taught to answer "the hotel was good ." finds that likelier than anything else."""
+    rates = ["--sft.learning-rate", "1e-2", "--reward.learning-rate", "1e-2"]
+    assert main(["pipeline", "own.yaml", "--out", "run", "--sft.steps", "60", "--reward.steps", "60", *rates]) == 0
+    cache = Path("cache")
+    monkeypatch.setenv("PREFERO_CACHE", str(cache))
+    (cache / "data" / "bigbench").mkdir(parents=True)
+    pair = {"prompt": "how was the hotel ?", "chosen": " the hotel was good .", "rejected": " great awful but"}
+    pair["category"] = "honest"
+    other = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"], "category": "helpful"}
+    judged = pair | {"chosen": " good .", "rejected": " bad .", "category": "harmless"}
+    rows = "".join(json.dumps(row) + "\n" for row in (pair, other, judged))
+    (cache / "data" / "bigbench" / "hhh.jsonl").write_text(rows)
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--hhh", "--out", "numbers"]) == 0
+    numbers = json.loads(Path("numbers/summary.json").read_text())
+    assert numbers["hhh/logprob_mean_honest"] == numbers["hhh/logprob_sum_honest"] == 1.0
+    assert numbers["hhh/logprob_mean_helpful"] == numbers["hhh/logprob_sum_helpful"] == 0.0
+    assert numbers["hhh/reward_model_harmless"] == 1.0
+    assert 0 < numbers["hhh/logprob_mean_all"] < 1
+    assert "hhh/logprob_mean_honest: 1.0000" in capsys.readouterr().out
 
 
 def test_bad_rows_within_the_budget_are_named_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def test_config_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pipeline", "nowhere.yaml"], "no config file nowhere.yaml; these come with prefero: configs/quickstart.yaml"),
+        (["pipeline", "nowhere.yaml"], "no config file nowhere.yaml (CONFIG comes first"),
+        (["pipeline", "nowhere.yaml"], "these come with prefero: configs/quickstart.yaml, configs/smollm2"),
         (["quickstart", "--kl-coeff", "0"], "did you mean --kl-coef"),
         (["ppo", "configs/quickstart.yaml"], "model.path is empty"),
         (["reward", "configs/quickstart.yaml"], "model.path"),

@@ -92,6 +92,13 @@ def test_a_bad_config_names_key_value_and_cure(tmp_path: Path, yaml: str, flags:
         load_config(written(tmp_path, yaml), flags)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("ppo:\n  steps: 1\nseed: 3\nppo:\n  kl_coef: 0\n")
+    with pytest.raises(ConfigError, match=r"(?s)c\.yaml.*'ppo' stands in line 1 already.*line 4"):
+        load_config(file)
+
+
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")

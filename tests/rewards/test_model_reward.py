@@ -123,11 +123,16 @@ def test_chat_reads_the_messages_through_the_template(model):
     )
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()[0]))
-    reward = ModelReward(model, tokenizer, chat=True)
-    reward([row("ignored", "good .", messages=[{"role": "user", "content": "how ?"}])])
-    assert seen == [tokenizer("user how ? assistant good . <eos>").input_ids]
-    with pytest.raises(ValueError, match="'p' has no column 'messages'"):
-        reward([row("x", "good")])
+    asked = row("user how ? assistant ", "good .", messages=[{"role": "user", "content": "how ?"}])
+    ModelReward(model, tokenizer)([asked])
+    assert seen.pop() == tokenizer("user how ? assistant good . <eos>").input_ids
+    # The very ids that a comparison of this prompt is trained on.
+    trained = encode_comparison(tokenizer, Comparison("c", asked.prompt.columns["messages"], "good .", "bad ."))
+    ModelReward(model, tokenizer)([asked])
+    assert seen.pop() == list(trained.chosen)
+    # A tokenizer without a template reads the rendered text.
+    ModelReward(model, tiny_tokenizer())([asked])
+    assert seen.pop() == [*tiny_tokenizer()("user how ? assistant good .").input_ids, 2]
 
 
 def test_an_output_that_is_no_score_a_text_is_refused():

@@ -54,6 +54,21 @@ def llama():
     return peaked(tiny_llama())
 
 
+def test_logits_are_full_precision_under_autocast_as_the_trainers(llama):
+    """bf16 logits between 16 and 32 are 0.125 apart: what is learned from would not be what was sampled."""
+    llama.get_output_embeddings().weight.data.mul_(8)
+    actor, params = Actor(llama), SamplingParams(max_new_tokens=6, temperature=1.0, seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done = engine(actor, eos=()).generate(prompts((4, 4, 4, 4)), params)
+        rows = zip(prompts((4, 4, 4, 4)), done, strict=True)
+        sequences = torch.tensor([(*prompt.token_ids, *completion.token_ids) for prompt, completion in rows])
+        with torch.no_grad():
+            theirs, logits = actor(sequences, 6), llama(sequences).logits
+    ours = torch.tensor([c.logprobs for c in done])
+    assert float(logits.abs().max()) > 16
+    torch.testing.assert_close(ours.float(), theirs, atol=0.03, rtol=0)
+
+
 def same(first, second):
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
     assert [(c.text, c.finish_reason) for c in first] == [(c.text, c.finish_reason) for c in second]

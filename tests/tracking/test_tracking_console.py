@@ -15,7 +15,7 @@ from prefero.tracking.console import ConsoleTracker, sample_table
 from prefero.tracking.names import by_importance, duration, headline, short
 from prefero.tracking.text import for_terminal, visible
 
-ROWS = [{"prompt": text, "completion": text} for text in HOSTILE]
+PAIRS = [{"prompt": text, "before": text, "after": text} for text in HOSTILE]
 
 
 class Terminal(io.StringIO):
@@ -75,7 +75,7 @@ def test_plain_output_has_no_control_characters() -> None:
         tracker.log({f"{text}/{text}": 1.0}, 1)
         tracker.log_samples([{"prompt": text, "completion": text}], 1)
     tracker.close()
-    sample_table(ROWS, ROWS, stream=stream, limit=99)
+    sample_table(PAIRS, stream=stream, limit=99)
     hidden = {c for c in stream.getvalue() if unicodedata.category(c) in {"Cc", "Cf", "Cs"}}
     assert hidden == {"\n"}
     stream.getvalue().encode()
@@ -93,7 +93,7 @@ def test_a_stream_without_utf8_gets_escapes_not_a_crash() -> None:
     tracker = ConsoleTracker(stream)
     tracker.log({"a/é": 1.0}, 1)
     tracker.log_samples([{"prompt": "ü", "completion": "\U0001f600"}], 1)
-    sample_table([{"prompt": "ü", "completion": "x"}], [{"prompt": "ü", "completion": "y"}], stream=stream)
+    sample_table([{"prompt": "ü", "before": "x", "after": "y"}], stream=stream)
     stream.seek(0)
     assert "\\xfc \\u2192 \\U0001f600" in stream.read()
 
@@ -142,18 +142,17 @@ def test_live_display_survives_hostile_text_at_any_width(width: int, monkeypatch
         tracker.log({text: 1.0}, 1)
         tracker.log_samples([{"prompt": text, "completion": text}], 1)
     tracker.close()
-    sample_table(ROWS, ROWS, stream=stream, limit=99)
+    sample_table(PAIRS, stream=stream, limit=99)
     assert commands(stream.getvalue()) == []
     assert "8;;" not in stream.getvalue()  # no hyperlink, neither OSC 8 nor rich's [link=...]
 
 
 def test_sample_table_wide_and_narrow() -> None:
-    before = [{"prompt": "how was it?", "completion": "bad [bold]x", "gold": -0.5}]
-    after = [{"prompt": "how was it?", "completion": "good", "gold": 0.75}]
+    row = {"prompt": "how was it?", "before": "bad [bold]x", "after": "good", "gold_before": -0.5, "gold_after": 0.75}
     wide, narrow, pipe = Terminal(), Terminal(), io.StringIO()
-    sample_table(before, after, stream=wide, width=100)
-    sample_table(before, after, stream=narrow, width=40)
-    sample_table(before, after, stream=pipe)
+    sample_table([row], stream=wide, width=100)
+    sample_table([row], stream=narrow, width=40)
+    sample_table([row], stream=pipe)
     assert "-0.5 → 0.75" in wide.getvalue()
     assert "bad [bold]x" in wide.getvalue()
     assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", wide.getvalue()).splitlines())) <= 100
@@ -161,13 +160,20 @@ def test_sample_table_wide_and_narrow() -> None:
     assert narrow.getvalue() == pipe.getvalue() == expected
 
 
-def test_sample_table_limit_and_mismatch() -> None:
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(20)]
+def test_a_run_without_gold_shows_its_rewards() -> None:
+    row = {"prompt": "p", "before": "b", "after": "a", "reward_before": 0.25, "reward_after": 0.5}
+    wide, pipe = Terminal(), io.StringIO()
+    sample_table([row], stream=wide, width=100)
+    sample_table([row], stream=pipe)
+    assert "0.25 → 0.5" in wide.getvalue()
+    assert pipe.getvalue() == "p\n  before: [reward 0.25] b\n  after:  [reward 0.5] a\n"
+
+
+def test_sample_table_limit() -> None:
+    rows = [{"prompt": f"p{i}", "before": "c", "after": "d"} for i in range(20)]
     stream = io.StringIO()
-    sample_table(rows, rows, stream=stream, limit=3)
+    sample_table(rows, stream=stream, limit=3)
     assert stream.getvalue().count("before:") == 3
-    with pytest.raises(ValueError, match="20 samples before, 19 after"):
-        sample_table(rows, rows[1:], stream=stream)
 
 
 def test_visible_names_what_hides() -> None:

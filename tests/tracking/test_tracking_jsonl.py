@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefero.tracking import JsonlTracker, RunFolder, Trackers, sample_rows
-from prefero.tracking.base import paired_samples
+from prefero.tracking.base import pair_scores
 from prefero.tracking.files import MAX_LINE_BYTES, read_rows
 from prefero.tracking.jsonl import read_metrics
 from prefero.types import Completion, Prompt, Score, ScoredRollout
@@ -193,12 +193,8 @@ def test_rows_from_scored_rollouts() -> None:
     ]  # fmt: skip
 
 
-def test_pairs_must_be_about_the_same_prompts() -> None:
-    old, new = {"prompt": "p", "completion": "a", "gold": 0}, {"prompt": "p", "completion": "b"}
-    assert paired_samples([old], [new]) == [{"prompt": "p", "before": "a", "after": "b", "gold_before": 0.0}]
-    with pytest.raises(ValueError, match="1 samples before, 2 after"):
-        paired_samples([old], [new, new])
-    with pytest.raises(ValueError, match="sample 0 is about 'p' before and 'q' after"):
-        paired_samples([old], [new | {"prompt": "q"}])
-    with pytest.raises(ValueError, match="sample 0 has no column 'completion'"):
-        paired_samples([old], [{"prompt": "p"}])
+def test_a_pair_is_judged_by_gold_or_else_by_its_reward() -> None:
+    assert pair_scores({"gold_before": 0.0, "gold_after": 1.0, "reward_after": 5.0}) == ("gold", 0.0, 1.0)
+    assert pair_scores({"reward_before": -1.0, "reward_after": 2.0}) == ("reward", -1.0, 2.0)
+    assert pair_scores({"gold_after": 1.0}) == ("gold", None, 1.0)
+    assert pair_scores({"prompt": "p"}) == ("", None, None)

@@ -109,6 +109,10 @@ def test_worse_than_before() -> None:
     for before, after, stderr, worse in [(1, 0.5, 0.1, True), (1, 0.9, 0.1, False), (0, 1, 0.1, False)]:
         found = titles({}, 0.0, 0, **dict(zip(keys, (before, after, stderr), strict=True)))
         assert found == (["Gold is lower than before"] if worse else [])
+    summary = {"heldout_reward_before": 1.0, "heldout_reward_after": 0.0, "heldout_reward_is": "reward"}
+    [notice] = find_notices(read_history([]), summary)
+    assert notice.title == "Reward is lower than before"
+    assert "never" not in notice.text
 
 
 def test_lost_numbers_and_lines_are_told() -> None:

@@ -11,7 +11,6 @@ import pytest
 from hostile_texts import HOSTILE
 
 from prefero.tracking import RunFolder
-from prefero.tracking.base import paired_samples
 from prefero.tracking.report import write_report
 
 _VOID = {"meta", "link", "base", "br", "img", "input", "embed", "hr"}
@@ -117,7 +116,7 @@ def test_hostile_text_anywhere_is_only_text(tmp_path: Path, text: str) -> None:
         tmp_path / name, [row, {**row, "step": 2}], {text: text, "list": [text, {text: text}]}, **{text: text, "n": 1}
     )
     sample = {"prompt": text, "completion": text, text: 1.0, "parts": {text: 2.0}}
-    add_samples(run, [sample, *paired_samples([sample], [sample])], stage=text)
+    add_samples(run, [sample, {"prompt": text, "before": text, "after": text}], stage=text)
     long = {"prompt": text * 50, "before": text * 50, "after": text * 3000}
     add_samples(run, [long])
     page = is_harmless(report(run))

@@ -236,6 +236,29 @@ def test_the_seeds_reward_dataset_is_learned() -> None:
     assert metrics["reward/eval_accuracy"] == 1.0 and metrics["reward/eval_distance"] > 1.0
 
 
+def test_trainers_place_their_model_themselves() -> None:
+    """As the older trainers did: a script that does not call prepare() must not train on the wrong device."""
+
+    class Recorder(NaiveStrategy):
+        def setup_model(self, model: nn.Module) -> nn.Module:
+            placed.append(model)
+            return super().setup_model(model)
+
+    placed: list[nn.Module] = []
+    model = actor(0)
+    SFTTrainer(model, Recorder("cpu"), torch.optim.SGD(model.parameters(), lr=1.0), [tokens()])
+    assert placed == [model]
+
+
+def test_evaluating_a_dataset_leaves_the_random_state_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    data = SFTDataset([{"prompt": "tell me", "completion": " good !"}] * 3, tokenizer, 16)
+    subject = sft(LlamaActor(config=llama_config(len(tokenizer))), data, eval_dataloader=data)
+    before = torch.get_rng_state()
+    subject.evaluate(subject.eval_sets["eval"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     model = actor()
     empty = TokenBatch(tokens().token_ids, tokens().attention_mask, torch.zeros_like(tokens().loss_mask))

@@ -1,0 +1,85 @@
+"""The tests can fail: each known silent bug, planted into a copy of the code, is found by the tests named for it.
+
+A bug is a piece of a file and what it is replaced by; when the code changes so that the piece is gone, plant it anew.
+"""
+# ruff: noqa: E501 (a bug a line)
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VECTORS = "tests/functional/test_formula_vectors.py"
+METAMORPHIC = "tests/trainer/test_metamorphic_ppo.py"
+BUGS = [
+    # the formulas
+    ("the KL estimate is inverted", "functional/kl.py", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs", VECTORS),
+    ("the KL penalty is paid out", "functional/kl.py", "- coefficient * penalty", "+ coefficient * penalty", VECTORS),
+    ("GAE bootstraps from padding", "functional/advantages.py", "torch.where(kept[:, here], values[:, here], next_value)", "values[:, here]", VECTORS),
+    ("GAE forgets to discount", "functional/advantages.py", "gamma * next_value", "next_value", VECTORS),
+    ("PPO takes the better of the two losses", "functional/policy.py", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio", VECTORS),
+    ("the value loss takes the smaller error", "functional/value.py", "torch.maximum(", "torch.minimum(", VECTORS),
+    ("the margin is added", "functional/reward.py", "difference - margin", "difference + margin", VECTORS),
+    ("whitening divides by n - 1", "functional/masked.py", "count - float(unbiased)", "count - 1", VECTORS),
+    ("the vocabulary's head forgets the temperature", "functional/logprobs.py", "logits.div_(self.temperature)", "logits", METAMORPHIC),
+    # what reads what
+    ("log-probabilities are off by one", "models/base.py", "attention_mask)[:, -num_actions - 1 : -1]\n        index", "attention_mask)[:, -num_actions:]\n        index", METAMORPHIC),
+    ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),
+    ("positions count padding", "models/trunk.py", "attention_mask.long().cumsum(dim=-1)", "torch.ones_like(attention_mask).long().cumsum(dim=-1)", METAMORPHIC),
+    ("the reward is read at the last column", "models/base.py", "last = sequences.shape[1] - 1 - mask.long().flip(1).argmax(dim=1)", "last = torch.full_like(mask[:, 0].long(), -1)", "tests/models/test_model_critic_and_reward.py"),
+    ("padding is whatever equals the end token", "data/collate.py", "return _pad(sequences, pad_id, left=False)", "ids, _ = _pad(sequences, pad_id, left=False)\n    return ids, (ids != pad_id).long()", "tests/data"),
+    # the loop
+    ("every micro-batch is averaged by itself", "trainer/update.py", "losses(batch, total)", "losses(batch, float(count(batch)))", METAMORPHIC),
+    ("dropout stays on while PPO learns", "trainer/ppo.py", "learning_mode(learner.model, dropout=False)", "learning_mode(learner.model, dropout=True)", METAMORPHIC),
+    ("advantages are not whitened", "algorithms/ppo.py", "advantages = whitening(batch.advantages)", "advantages = batch.advantages", "tests/trainer/test_one_file.py"),
+    ("unfinished answers are rewarded", "algorithms/ppo.py", "scores - settings.missing_eos_penalty", "scores + settings.missing_eos_penalty", "tests/trainer/test_silent_bugs.py"),
+    ("the reference keeps learning", "algorithms/ppo.py", "with self.actor.reference():", "if True:", "tests/trainer"),
+    # the sampler
+    ("samples of one prompt are equal", "rollout/sampling.py", 'struct.pack("<qqq", seed, step, sample_index)', 'struct.pack("<qqq", seed, step, 0)', "tests/rollout"),
+    ("a sample depends on its neighbours", "rollout/hf.py", "keys = torch.tensor([row.key for row in rows])", "keys = torch.tensor([row.key + len(rows) for row in rows])", "tests/rollout"),
+    ("the sampler's logits are rounded", "rollout/hf.py", "with evaluating(model), full_precision_head(model):", "with evaluating(model):", "tests/rollout"),
+    # the optimum, the older system's script
+    ("the KL price has no effect", "algorithms/ppo.py", "coefficient = self.kl_coef if reference is not None else 0.0", "coefficient = 0.0", "tests/trainer/test_known_optimum.py"),
+    ("LoRA's merge moves the live weights", "models/lora.py", "(tensor.float() + _update(layer)).to(dtype)", "tensor.add_(_update(layer)).to(dtype)", "tests/models/test_model_lora.py"),
+    ("nothing is learned", "trainer/update.py", "strategy.optimizer_step(learner.optimizer, max_norm=max_norm)", "0.0", "tests/test_seed_snippet.py"),
+    ("the older system's arguments moved", "trainer/ppo.py", "actor_optim", "policy_optim", "tests/test_public_surface.py"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, its tests and what they read."""
+    folder = tmp_path_factory.mktemp("planted")
+    for name in ("prefero", "tests", "examples", "configs", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "GLOSSARY.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def planted(request: pytest.FixtureRequest, copy: Path) -> Iterator[Path]:
+    """The copy with one bug in it."""
+    _, name, piece, bug, _ = request.param
+    file = copy / "prefero" / name
+    text = file.read_text(encoding="utf-8")
+    assert piece in text, f"{name} has no {piece!r} any more: plant this bug anew"
+    file.write_text(text.replace(piece, bug), encoding="utf-8")
+    yield copy
+    file.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("planted", "tests"), [(bug, bug[-1]) for bug in BUGS], indirect=["planted"], ids=[bug[0] for bug in BUGS]
+)
+def test_a_planted_bug_is_found(planted: Path, tests: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", tests]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=planted, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, f"not found: {done.stdout[-2000:]}{done.stderr[-2000:]}"
