@@ -38,8 +38,8 @@ class ModelConfig:
     lora_learning_rate_factor: float = Field(
         default=1.0,
         gt=0,
-        description="Where adapters train, learning rates are multiplied by this: they bear 10 to 20 times the rate of "
-        "all weights, and with it one config serves both.",
+        description="Where adapters train, learning rates are multiplied by this: they bear a far higher one than all "
+        "weights do, and with it one config serves both.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."

@@ -33,6 +33,9 @@ from prefero.tracking.base import sample_rows
 from prefero.tracking.report import write_report
 from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
 
+Measure = Callable[[], tuple[Metrics, list[ScoredRollout]]]
+"""What is left to do once nothing can be wrong any more: the numbers, and the answers they came from."""
+
 
 def evaluate(args: Namespace) -> None:
     """Runs the evaluation that the arguments ask for and writes it as a run folder."""
@@ -42,8 +45,10 @@ def evaluate(args: Namespace) -> None:
     actor, tokenizer = load_for_use(args.model, config.strategy.device)
     # Whatever may be wrong is found before a folder is made, or --overwrite clears one.
     sources = open_sources(config.data, config.seed)
-    examine = _preferences if args.hhh else _answers
-    measure = examine(args, config, sources, actor, tokenizer, reward_model)
+    if args.hhh:
+        measure = _preferences(config, actor, tokenizer, reward_model)
+    else:
+        measure = _answers(args, config, sources, actor, tokenizer, reward_model)
     folder = Path(args.out) if args.out else free_folder("evaluate")
     with open_session(config, folder, overwrite=args.overwrite, stage="eval", sources=sources) as session:
         session.tracker.start("eval", 1)
@@ -54,9 +59,6 @@ def evaluate(args: Namespace) -> None:
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
     print(f"report: {write_report(folder)}")
-
-
-Measure = Callable[[], tuple[Metrics, list[ScoredRollout]]]
 
 
 def _config(args: Namespace, run: Path) -> Config:
@@ -97,9 +99,7 @@ def _answers(
     return measure
 
 
-def _preferences(
-    args: Namespace, config: Config, sources: Sources, actor: Actor, tokenizer: Any, reward_model: Path | None
-) -> Measure:
+def _preferences(config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None) -> Measure:
     """The HHH pairs, by the policy and, where there is one, by the reward model."""
     how = Judging(reward_model, config.reward.max_length, device=pick_device(config.strategy.device or None))
     scorer = None if reward_model is None else load_model_reward(str(reward_model), how)

@@ -42,7 +42,7 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
     loader, heldout = (comparisons(session, tokenizer, split, limits) for split in ("train", "heldout"))
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("reward", steps)
-    model, optimizer = strategy.prepare((model, adamw(config, model, settings.learning_rate, settings.weight_decay)))
+    optimizer = adamw(config, model, settings.learning_rate, settings.weight_decay)
     trainer = RewardModelTrainer(
         model,
         strategy,

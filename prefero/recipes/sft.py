@@ -25,7 +25,7 @@ def train_sft(session: Session) -> Path:
     loader = _loader(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("sft", steps)
-    actor, optimizer = strategy.prepare((actor, adamw(config, actor, settings.learning_rate, settings.weight_decay)))
+    optimizer = adamw(config, actor, settings.learning_rate, settings.weight_decay)
     trainer = SFTTrainer(
         actor,
         strategy,

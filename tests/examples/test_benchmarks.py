@@ -1,6 +1,5 @@
 """The benchmarks run: speed and plan without building the model, tables of the docs from finished runs."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,17 +8,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "ppo_dummy.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ppo_dummy", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 @pytest.mark.parametrize(("family", "lora_rank"), [("gpt", 0), ("opt", 4)])

@@ -1,7 +1,5 @@
 """The one-file example and the library learn the same from the same rollouts."""
 
-import importlib.util
-import sys
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from ppo_world import actor, critic, rows, scores
+from scripts import load_script
 
 from prefero.algorithms.ppo import PPOSettings
 from prefero.strategies.naive import NaiveStrategy
@@ -19,12 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "ppo_in_one_file.py"
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ppo_in_one_file", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLE)
 
 
 def test_the_algorithm_does_not_use_the_library() -> None:

@@ -1,0 +1,16 @@
+"""Scripts that are no package, as modules the tests can call."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load_script(file: Path) -> ModuleType:
+    """The script as a module under its own name, known to `sys.modules` as dataclasses need."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
