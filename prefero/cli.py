@@ -29,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown argument {rest[0]!r} for `prefero {known.command}`; see `prefero {known.command} --help`"
         )
     known.overrides = rest
-    # Idle OpenMP threads that spin steal the cores of whatever runs beside; must be set before torch is loaded.
+    # Idle OpenMP threads that spin steal the cores of whatever runs beside, and waking a sleeper takes longer than many
+    # a small operation: spin for some microseconds, then sleep. Must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is shown as a backslash escape; a model may write anything.
