@@ -21,10 +21,10 @@ _RUN_COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Runs one command; returns the exit status (0 done, 2 bad input, 75 stopped and saved, 130 interrupted)."""
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.command not in _RUN_COMMANDS:
+    if rest and known.command not in (*_RUN_COMMANDS, "resume"):
         parser.error(
             f"unknown argument {rest[0]!r} for `prefero {known.command}`; see `prefero {known.command} --help`"
         )
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        known.run(known)
+        return known.run(known) or 0
     except KeyboardInterrupt:
         print("\nprefero: interrupted", file=sys.stderr)
         return 130
@@ -53,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PREFERO_TRACEBACK"):
             raise
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prefero {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
         # Abbreviated flags would swallow config keys (`--o` for --out), so they must be written out.
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False)
         command.set_defaults(run=run)
@@ -73,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, text in _RUN_COMMANDS.items():
         _add_run_command(add(name, text, _run_recipe), name)
+    command = add("resume", "go on with an interrupted run as if it had never stopped", _resume)
+    command.add_argument("folder", metavar="RUN")
+    command.epilog = "Keys of `strategy` and `checkpoint` may follow as --key value: a run may go on elsewhere."
     _add_use_commands(add)
     _add_help_commands(add)
     return parser
@@ -83,6 +85,7 @@ def _add_run_command(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("--out", metavar="DIR", default="", help="run folder (default: a new one below runs/)")
     command.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
+    command.add_argument("--resume", action="store_true", help="go on with the interrupted run that --out holds")
     command.epilog = "Any config key may follow as --key value, in full or by its ending: --ppo.kl-coef 0, --kl-coef 0."
 
 
@@ -140,11 +143,17 @@ def _add_help_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--markdown", action="store_true", help="as the page docs/configuration.md")
 
 
-def _run_recipe(args: argparse.Namespace) -> None:
+def _run_recipe(args: argparse.Namespace) -> int:
     from prefero.recipes.run import run
 
     config = "configs/quickstart.yaml" if args.command == "quickstart" else args.config
-    run(args.command, config, args.overrides, args.out, args.overwrite)
+    return run(args.command, config, args.overrides, args.out, args.overwrite, args.resume)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from prefero.recipes.run import resume
+
+    return resume(args.folder, args.overrides)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -85,14 +85,44 @@ class DataConfig:
 class StrategyConfig:
     """Where models live and how numbers are computed."""
 
-    device: str = Field(default="", description="cpu, cuda, mps; empty: the best one present.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="Compute type; auto: bf16 where the hardware has it, else fp32."
+    kind: Literal["naive", "ddp", "fsdp"] = Field(
+        default="naive",
+        description="naive: one process; ddp: a copy of every model in each process of a torchrun launch; fsdp: "
+        "models, gradients and optimizer states shared out over them.",
+    )
+    stage: Literal[1, 2, 3] = Field(
+        default=3,
+        description="What fsdp shares out: 1 optimizer states, 2 gradients too, 3 parameters too (ZeRO's stages).",
+    )
+    offload: bool = Field(
+        default=False,
+        description="fsdp: keep parameters, gradients and optimizer states in main memory, not on the GPU.",
+    )
+    timeout: float = Field(
+        default=600.0, gt=0, description="Seconds a process waits for the others before it ends with an error."
+    )
+    device: str = Field(default="", description="naive: cpu, cuda, mps; empty: the best one present.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Compute type; auto: bf16 where the hardware has it, else fp32. fp16 scales its loss dynamically.",
     )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 leaves them."
     )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: one for tiny models, all cores otherwise.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    """What a run that is interrupted goes on from (`prefero resume RUN`), below `checkpoints/state/` of each stage."""
+
+    every: int = Field(
+        default=0, ge=0, description="Save every so many steps (PPO: iterations); 0: by `minutes` alone."
+    )
+    minutes: float = Field(
+        default=10.0, ge=0, description="Save when so many minutes have passed; 0: by `every` alone."
+    )
+    keep: int = Field(default=2, ge=1, description="Checkpoints that stay; older ones go once a newer one is verified.")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -265,6 +295,7 @@ class Config:
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig())
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
     sft: SFTConfig = Field(default_factory=lambda: SFTConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     ppo: PPOConfig = Field(default_factory=lambda: PPOConfig())
@@ -350,6 +381,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, secti
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, origin + given)) from None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, keys joined by dots."""
+    keys: dict[str, Any] = {}
+    for key, value in settings.items():
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return keys
 
 
 def to_dict(config: Config) -> dict[str, Any]:

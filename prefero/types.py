@@ -15,12 +15,16 @@ Message: TypeAlias = dict[str, str]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy is asked: exact token ids, their readable text, and the data row's further columns."""
+    """What a policy is asked: exact token ids, their readable text, and the data row's further columns.
+
+    first_sample: the number of its first sample, above 0 where it is asked again and must not draw the same.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    first_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class TokenBatch:
 class PreferenceBatch:
     """N comparisons over M distinct texts, each text forwarded once.
 
-    token_ids, attention_mask: [M, T], padded on the right. chosen, rejected: [N] row indices. margin: [N].
+    token_ids, attention_mask: [M, T], padded on the right. chosen, rejected: [N] row indices. margin: [N]. counted:
+    [N], false for pairs whose texts are only forwarded to keep processes in step.
     """
 
     token_ids: Tensor
@@ -130,6 +135,7 @@ class PreferenceBatch:
     chosen: Tensor
     rejected: Tensor
     margin: Tensor
+    counted: Tensor
 
     def __len__(self) -> int:
         return int(self.chosen.shape[0])

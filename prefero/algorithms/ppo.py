@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,10 +119,15 @@ class PPO(OnlineAlgorithm):
         if isinstance(self.settings.kl_coef, kl_formulas.AdaptiveCoefficient):
             self.settings.kl_coef.update(mean_kl, num_samples)
 
+    def restore_kl(self, coefficient: float) -> None:
+        """Puts an adaptive KL coefficient back to where it stood; a fixed one is what the settings say."""
+        if isinstance(self.settings.kl_coef, kl_formulas.AdaptiveCoefficient):
+            self.settings.kl_coef.value = coefficient
+
     def count(self, batch: Experience) -> Tensor:
-        """Action tokens at the token level, rows at the sequence level."""
+        """Action tokens at the token level, rows that have any at the sequence level."""
         if self.settings.level == "sequence":
-            return torch.tensor(float(len(batch)), device=batch.sequences.device)
+            return batch.action_mask.any(dim=1).sum().float()
         return batch.action_mask.sum().float()
 
     @torch.no_grad()
@@ -215,26 +220,21 @@ class PPO(OnlineAlgorithm):
         advantages, _ = advantage_formulas.gae(rewards, values, mask, settings.gamma, settings.lam)
         return values, advantages
 
-    def whitening(
-        self, experiences: Sequence[Experience], reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> Whitening:
+    def whitening(self, experiences: Sequence[Experience]) -> Whitening:
         """The shift and scale that whiten the advantages of all these experiences together.
 
-        reduce: sums a tensor over processes (`Strategy.sum`), so that every process whitens alike. The variance is
-        the biased one. Raises ValueError when there are fewer than two units.
+        The variance is the biased one. Raises ValueError when there are fewer than two units.
         """
         if not self.settings.whiten_advantages:
             return NO_WHITENING
         kept = torch.cat([self._kept_advantages(experience) for experience in experiences])
-        sums = reduce(torch.stack([kept.sum(), torch.ones_like(kept).sum()]))
-        count = float(sums[1])
-        if count < 2:
+        if len(kept) < 2:
             raise ValueError(
                 "whiten_advantages needs two or more actions to learn from: collect more rollouts or "
                 "set whiten_advantages=False"
             )
-        shift = float(sums[0]) / count
-        variance = float(reduce((kept - shift).square().sum())) / count
+        shift = float(kept.mean())
+        variance = float((kept - shift).square().mean())
         return Whitening(shift, 1.0 / math.sqrt(variance + 1e-8))
 
     def _kept_advantages(self, experience: Experience) -> Tensor:
@@ -286,7 +286,7 @@ class PPO(OnlineAlgorithm):
     def _critic_loss(self, batch: Experience, total: float) -> Loss:
         mask = batch.action_mask.bool()
         values = self.critic(batch.sequences, mask, batch.attention_mask)
-        kept = torch.ones_like(values, dtype=torch.bool) if self.settings.level == "sequence" else mask
+        kept = mask.any(dim=1) if self.settings.level == "sequence" else mask
         values = masked.fill(values, kept)
         old_values = masked.fill(batch.values, kept)
         returns = old_values + masked.fill(batch.advantages, kept)

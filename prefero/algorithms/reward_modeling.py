@@ -13,6 +13,7 @@ from prefero.functional import reward
 from prefero.types import Loss, PreferenceBatch
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
+_METRICS = ("reward/accuracy", "reward/distance", "reward/chosen", "reward/rejected")
 
 
 class Scorer(Protocol):
@@ -41,14 +42,19 @@ class RewardModeling(Algorithm[PreferenceBatch]):
         self.centering = centering
 
     def count(self, batch: PreferenceBatch) -> Tensor:
-        """Pairs."""
-        return torch.tensor(float(len(batch)), device=batch.token_ids.device)
+        """Pairs that count."""
+        return batch.counted.sum().float()
 
     def losses(self, batch: PreferenceBatch, total: float) -> Iterator[Loss]:
         """One loss: the pairs' losses, summed, divided by `total`."""
         scores = self.model(batch.token_ids, batch.attention_mask)
-        chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-        share = len(batch) / total
+        counted = batch.counted
+        chosen, rejected = scores[batch.chosen[counted]], scores[batch.rejected[counted]]
+        if not len(chosen):
+            zero = scores.sum() * 0.0  # nothing to learn, but a graph that backward can follow in step with the others
+            yield Loss("model", zero, {name: zero.detach() for name in _METRICS})
+            return
+        share = len(chosen) / total
         with torch.no_grad():
             metrics = {
                 "reward/accuracy": reward.accuracy(chosen, rejected) * share,
@@ -56,7 +62,7 @@ class RewardModeling(Algorithm[PreferenceBatch]):
                 "reward/chosen": chosen.mean() * share,
                 "reward/rejected": rejected.mean() * share,
             }
-        yield Loss("model", self._mean_loss(chosen, rejected, batch.margin) * share, metrics)
+        yield Loss("model", self._mean_loss(chosen, rejected, batch.margin[counted]) * share, metrics)
 
     def _mean_loss(self, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
         if self.loss == "log_sig":

@@ -41,7 +41,14 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
     token_ids, attention_mask = right_pad(list(rows), pad_id)
     chosen, rejected = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     margin = torch.tensor([comparison.margin for comparison in comparisons], dtype=torch.float32)
-    return PreferenceBatch(token_ids, attention_mask, chosen.contiguous(), rejected.contiguous(), margin)
+    return PreferenceBatch(
+        token_ids,
+        attention_mask,
+        chosen.contiguous(),
+        rejected.contiguous(),
+        margin,
+        torch.ones_like(margin, dtype=torch.bool),
+    )
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from prefero.functional import logprobs as lp
 from prefero.functional import masked
 from prefero.models.export import read_head_bias, save_folder, save_reward_folder
 from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
 from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
-from prefero.models.lora import LoRAModule, load_merged_state_dict, merged_state_dict
+from prefero.models.lora import LoRAModule, below, merged, unmerged
 from prefero.models.trunk import (
     by_length,
     contiguous_input,
@@ -32,6 +34,8 @@ from prefero.models.trunk import (
 
 class Actor(LoRAModule):
     """A policy: a causal language model (`.model`, Hugging Face's) asked for the log-probabilities of its answers."""
+
+    forward_methods = ("generate", "decode")  # other ways than `forward` into the network, for strategies that shard it
 
     def __init__(
         self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
@@ -89,12 +93,16 @@ class Actor(LoRAModule):
             with_entropy=with_entropy,
             entropy_gradient=False,
         )
-        return _at(mask, index, logprobs), None if entropy is None else _at(mask, index, entropy)
+        return _at(mask, logprobs), None if entropy is None else _at(mask, entropy)
 
     def _head_is_plain(self) -> bool:
         if self._plain_head is None:
             self._plain_head = head_is_plain(self.model)
         return self._plain_head
+
+    def decode(self, **inputs: Any) -> Any:
+        """One forward of the Hugging Face model with its own arguments and output, for engines."""
+        return self.model(**inputs)
 
     def get_base_model(self) -> Any:
         """The Hugging Face model."""
@@ -123,19 +131,27 @@ class Actor(LoRAModule):
         full_mask = torch.cat([attention_mask.long(), action_mask.long()], dim=1)
         return (sequences, full_mask, action_mask) if return_action_mask else (sequences, full_mask)
 
-    def checkpoint_state(self) -> dict[str, Tensor]:
+    def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Float32 weights with adapters merged, under the names of the plain Hugging Face model."""
-        return merged_state_dict(self.model)
+        return merged(self.model, below("model.", own))
 
-    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        """Loads the weights of a plain Hugging Face model of this architecture."""
-        load_merged_state_dict(self.model, state, strict)
+    def from_checkpoint(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a plain Hugging Face model of this architecture, under this module's names."""
+        return {f"model.{name}": tensor for name, tensor in unmerged(below("model.", own), saved).items()}
 
     def save_pretrained(
-        self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | str = torch.float32
+        self,
+        directory: str | Path,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str = torch.float32,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes a plain folder for `AutoModelForCausalLM.from_pretrained`; adapters are merged on a copy."""
-        save_folder(self.model, directory, tokenizer, dtype)
+        """Writes a plain folder for `AutoModelForCausalLM.from_pretrained`; adapters are merged on a copy.
+
+        state: this module's whole state (`Strategy.whole_state`) where the live one is sharded.
+        """
+        own = self.state_dict() if state is None else state
+        save_folder(self.model, below("model.", own), directory, tokenizer, dtype)
 
 
 class LM(Actor):
@@ -263,7 +279,8 @@ class RewardModel(LoRAModule):
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         if not bool(mask.bool().any(dim=1).all()):
             raise ValueError("a text without any real token has no reward: drop empty texts, or check attention_mask")
-        parts = by_length(mask)
+        # Sharded weights are gathered anew at every forward, and every process must forward equally often.
+        parts = [torch.arange(len(mask), device=mask.device)] if isinstance(self, FSDPModule) else by_length(mask)
         scores = torch.cat([self._score(*cropped(sequences[rows], mask[rows])) for rows in parts])
         return scores[torch.cat(parts).argsort()]
 
@@ -280,19 +297,24 @@ class RewardModel(LoRAModule):
         return score_hidden(self.value_head, hidden[torch.arange(len(last), device=last.device), last])
 
     def save_pretrained(
-        self, directory: str | Path, tokenizer: Any = None, dtype: torch.dtype | str = torch.float32
+        self,
+        directory: str | Path,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str = torch.float32,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Writes a folder for `RewardModel.from_pretrained` and `AutoModelForSequenceClassification.from_pretrained`.
 
-        Adapters are merged on a copy. See `export.save_reward_folder` for a head with a bias. Raises ValueError when
-        transformers has no architecture that holds this reward model.
+        state: as for an actor. Adapters are merged on a copy. See `export.save_reward_folder` for a head with a bias.
+        Raises ValueError when transformers has no architecture that holds this reward model.
         """
+        own = self.state_dict() if state is None else state
         if self.value_head is None:
-            save_folder(self.model, directory, tokenizer, dtype)
+            save_folder(self.model, below("model.", own), directory, tokenizer, dtype)
         elif self.pooling == "cls":
             raise ValueError("an encoder with a foreign head has no Hugging Face folder: use strategy.save_model")
         else:
-            save_reward_folder(self.model, self.value_head, directory, tokenizer, dtype)
+            save_reward_folder(self.model, self.value_head, own, directory, tokenizer, dtype)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> RewardModel:
@@ -312,9 +334,9 @@ class RewardModel(LoRAModule):
             self.value_head.bias = nn.Parameter(bias.to(self.value_head.weight))
 
 
-def _at(mask: Tensor, index: Tensor, numbers: Tensor) -> Tensor:
-    """A tensor of the mask's shape with `numbers` at the flat places `index` and zeros elsewhere."""
-    return numbers.new_zeros(mask.numel()).index_copy(0, index, numbers).view(mask.shape)
+def _at(mask: Tensor, numbers: Tensor) -> Tensor:
+    """A tensor of the mask's shape with `numbers` in order where it is true and zeros elsewhere."""
+    return numbers.new_zeros(mask.shape).masked_scatter(mask.bool(), numbers)
 
 
 def check_num_actions(num_actions: int, sequences: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from prefero.models.loading import dtype_of, quiet
-from prefero.models.lora import merged_state_dict
+from prefero.models.lora import below, merged
 
 BIAS_FILE = "reward_head_bias.safetensors"
 
 
 def save_folder(
     model: Any,
+    own: Mapping[str, Tensor],
     directory: str | Path,
     tokenizer: Any = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> None:
-    """Writes `model` as transformers itself would, adapters merged in float32 on a copy, with its tokenizer.
+    """Writes `model` with its state `own` as transformers itself would, adapters merged in float32 on a copy.
 
-    The live model is not touched. Tied weights stay tied. Raises ValueError for an unknown dtype.
+    The tokenizer goes beside it. The live model is not touched. Tied weights stay tied. Raises ValueError for an
+    unknown dtype.
     """
     wanted = dtype_of(dtype)
-    state = merged_state_dict(model, wanted)
+    state = merged(model, own, wanted)
     with torch.device("meta"):
         copy = type(model)(deepcopy(model.config))
     _write(copy, state, directory, tokenizer, getattr(model, "generation_config", None))
@@ -37,15 +40,17 @@ def save_folder(
 def save_reward_folder(
     trunk: Any,
     head: nn.Module,
+    own: Mapping[str, Tensor],
     directory: str | Path,
     tokenizer: Any = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> None:
     """Writes a decoder trunk and its reward head as a `...ForSequenceClassification` folder of one label.
 
-    These architectures hold no bias: one that is not zero goes to a file of its own beside the weights, which
-    `RewardModel.from_pretrained` reads; transformers' own class then gives the reward less that constant. Raises
-    ValueError when transformers has no such architecture for the trunk, or when the head is not one linear layer.
+    own: the reward model's state, the trunk's below `model.`, the head's below `value_head.`. These architectures hold
+    no bias: one that is not zero goes to a file of its own beside the weights, which `RewardModel.from_pretrained`
+    reads; transformers' own class then gives the reward less that constant. Raises ValueError when transformers has no
+    such architecture for the trunk, or when the head is not one linear layer.
     """
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the value head is a {type(head).__name__}: only a single nn.Linear can be exported")
@@ -60,13 +65,14 @@ def save_reward_folder(
         copy = AutoModelForSequenceClassification.from_config(config)
     if not isinstance(getattr(copy, "score", None), nn.Linear):
         raise ValueError(f"transformers' {type(copy).__name__} has no linear `score` head to hold this reward model")
-    state = {f"{copy.base_model_prefix}.{name}": t for name, t in merged_state_dict(trunk, wanted).items()}
-    state["score.weight"] = head.weight.detach().to(wanted)
+    state = {f"{copy.base_model_prefix}.{name}": t for name, t in merged(trunk, below("model.", own), wanted).items()}
+    head_state = below("value_head.", own)
+    state["score.weight"] = head_state["weight"].to(wanted)
     _write(copy, state, directory, tokenizer, None)
     bias = Path(directory) / BIAS_FILE
     bias.unlink(missing_ok=True)
-    if head.bias is not None and bool(head.bias.detach().ne(0).any()):
-        save_file({"bias": head.bias.detach().float().cpu().clone()}, bias)
+    if "bias" in head_state and bool(head_state["bias"].ne(0).any()):
+        save_file({"bias": head_state["bias"].float().cpu().clone()}, bias)
 
 
 def read_head_bias(directory: str | Path) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from prefero.models.trunk import trunk_of
@@ -87,35 +88,40 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_state_dict(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The weights under the names of the model without adapters, each adapter's update added in float32.
+def merged(module: nn.Module, own: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A module's state `own` under the names of the model without adapters, each update added in float32.
 
-    The live adapters are not touched. Floating tensors are given `dtype`; tied weights share one tensor; tensors that
-    need no change share the live memory.
+    Nothing live is touched. Floating tensors are given `dtype`; tied weights share one tensor; tensors that need no
+    change share `own`'s memory.
     """
     layers = {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer)}
-    merged: dict[str, Tensor] = {}
+    plain_state: dict[str, Tensor] = {}
     shared: dict[tuple[int, torch.Size], Tensor] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in own.items():
         plain = plain_name(name)
         if plain is None:
             continue
-        place = (tensor.data_ptr(), tensor.shape)
+        place = (_address(tensor), tensor.shape)
         if plain != name and name.endswith(".base_layer.weight"):
-            layer = layers[name.removesuffix(".base_layer.weight")]
-            merged[plain] = (tensor.float() + _update(layer)).to(dtype)
+            layer = name.removesuffix(".base_layer.weight")
+            plain_state[plain] = (tensor.float() + _update(layers[layer], layer, own)).to(dtype)
         elif place in shared and tensor.numel():
-            merged[plain] = shared[place]
+            plain_state[plain] = shared[place]
         else:
-            merged[plain] = shared[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return merged
+            plain_state[plain] = shared[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return plain_state
 
 
-def _update(layer: Any) -> Tensor:
+def _update(layer: Any, name: str, own: Mapping[str, Tensor]) -> Tensor:
     """What the adapter adds to its layer's weight, in float32 whatever the adapter is kept in."""
-    update: Tensor = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
-    update = update * layer.scaling[ADAPTER]
+    left, right = (own[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "BA")
+    update: Tensor = left @ right * layer.scaling[ADAPTER]
     return update.t() if layer.fan_in_fan_out else update
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies; tied weights lie in one place."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
 
 
 def plain_name(name: str) -> str | None:
@@ -126,23 +132,27 @@ def plain_name(name: str) -> str | None:
 
 
 @torch.no_grad()
-def load_merged_state_dict(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
-    """Loads plain weights into a module with or without adapters.
+def unmerged(own: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain weights under the names of the module whose state is `own`, with or without adapters.
 
     With adapters the weights become the base and the adapters start again from zero effect (B = 0), so the function is
-    that of the file. One of two tied names is enough. Raises RuntimeError as `nn.Module.load_state_dict` does.
+    that of the plain weights. One of two tied names is enough.
     """
-    own = module.state_dict()
-    places = {plain: name for name in own if (plain := plain_name(name)) is not None}
-    loaded = {places.get(name, name): tensor for name, tensor in state.items()}
+    places = {name: of for of in own if (name := plain_name(of)) is not None}
+    state = {places.get(name, name): tensor for name, tensor in plain.items()}
     for name, tensor in own.items():
         if ".lora_" in name:
-            loaded[name] = torch.zeros_like(tensor) if ".lora_B." in name else tensor
-    by_memory = {own[name].data_ptr(): tensor for name, tensor in loaded.items() if name in own}
+            state[name] = torch.zeros_like(tensor) if ".lora_B." in name else tensor
+    by_memory = {_address(own[name]): tensor for name, tensor in state.items() if name in own}
     for name, tensor in own.items():
-        if name not in loaded and tensor.numel() and tensor.data_ptr() in by_memory:
-            loaded[name] = by_memory[tensor.data_ptr()]
-    module.load_state_dict(loaded, strict=strict)
+        if name not in state and tensor.numel() and _address(tensor) in by_memory:
+            state[name] = by_memory[_address(tensor)]
+    return state
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def save_adapter(model: Any, directory: str | Path) -> None:
@@ -190,13 +200,16 @@ class LoRAModule(nn.Module):
         with adapters_disabled(self.model):
             yield
 
-    def checkpoint_state(self) -> dict[str, Tensor]:
-        """Float32 weights with adapters merged, under the names of the model without them; memory may be shared."""
-        return merged_state_dict(self)
+    def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Float32 weights with adapters merged, under the names of the model without them; memory may be shared.
 
-    def load_checkpoint_state(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        """Loads what `checkpoint_state` gave; adapters, if any, start again from zero effect on top of it."""
-        load_merged_state_dict(self, state, strict)
+        own: this module's state dict, no tensor of it sharded.
+        """
+        return merged(self, own)
+
+    def from_checkpoint(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `to_checkpoint` gave, under this module's names; adapters start again from zero effect on top of it."""
+        return unmerged(own, saved)
 
     def save_adapter(self, directory: str | Path) -> None:
         """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none."""

@@ -206,5 +206,5 @@ def score_hidden(head: nn.Module, hidden: Tensor) -> Tensor:
     parameter = next(head.parameters())
     with torch.autocast(hidden.device.type, enabled=False):
         scores: Tensor = head(hidden.to(parameter.dtype).contiguous())
-    scores = scores.squeeze(-1)
+    scores = scores.squeeze(-1).clone()  # no view: what watches a module's output would be lost with one
     return scores if scores.dtype == torch.float64 else scores.float()

@@ -28,7 +28,8 @@ from prefero.recipes.sources import Sources, open_sources
 from prefero.recipes.use import load_for_use
 from prefero.rewards.model import ModelReward
 from prefero.rollout.hf import HFEngine
-from prefero.strategies.naive import pick_device
+from prefero.strategies.group import Group
+from prefero.strategies.naive import NaiveStrategy
 from prefero.tracking.base import sample_rows
 from prefero.tracking.report import write_report
 from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
@@ -42,15 +43,16 @@ def evaluate(args: Namespace) -> None:
     run = Path(args.model).expanduser()
     config = _config(args, run)
     reward_model = _part_of(run, "reward", args.reward_model)
+    strategy = NaiveStrategy(config.strategy.device or None)
     actor, tokenizer = load_for_use(args.model, config.strategy.device)
     # Whatever may be wrong is found before a folder is made, or --overwrite clears one.
     sources = open_sources(config.data, config.seed)
     if args.hhh:
-        measure = _preferences(config, actor, tokenizer, reward_model)
+        measure = _preferences(config, actor, tokenizer, reward_model, strategy.device)
     else:
-        measure = _answers(args, config, sources, actor, tokenizer, reward_model)
+        measure = _answers(args, config, sources, actor, tokenizer, reward_model, strategy.group)
     folder = Path(args.out) if args.out else free_folder("evaluate")
-    with open_session(config, folder, overwrite=args.overwrite, stage="eval", sources=sources) as session:
+    with open_session(config, folder, strategy, overwrite=args.overwrite, stage="eval", sources=sources) as session:
         session.tracker.start("eval", 1)
         metrics, rollouts = measure()
         session.tracker.log_samples(sample_rows(rollouts), 0)
@@ -80,12 +82,18 @@ def _part_of(run: Path, stage: str, given: str) -> Path | None:
 
 
 def _answers(
-    args: Namespace, config: Config, sources: Sources, actor: Actor, tokenizer: Any, reward_model: Path | None
+    args: Namespace,
+    config: Config,
+    sources: Sources,
+    actor: Actor,
+    tokenizer: Any,
+    reward_model: Path | None,
+    group: Group,
 ) -> Measure:
     """Answers to the held-out prompts: reward, gold, diversity, and the KL where there is a reference."""
     if args.reward_model:  # named to be asked, also where the run's own rewards are others
         config = replace(config, ppo=replace(config.ppo, rewards={}))
-    examination = make_examination(config, sources, tokenizer, reward_model)
+    examination = make_examination(config, sources, tokenizer, reward_model, group)
     named = _part_of(Path(args.model).expanduser(), "sft", args.reference)
     reference = None if named is None else load_for_use(str(named), config.strategy.device)[0]
 
@@ -99,9 +107,11 @@ def _answers(
     return measure
 
 
-def _preferences(config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None) -> Measure:
+def _preferences(
+    config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None, device: torch.device
+) -> Measure:
     """The HHH pairs, by the policy and, where there is one, by the reward model."""
-    how = Judging(reward_model, config.reward.max_length, device=pick_device(config.strategy.device or None))
+    how = Judging(reward_model, config.reward.max_length, device=device)
     scorer = None if reward_model is None else load_model_reward(str(reward_model), how)
     pairs, limits = hhh_pairs(), Limits.of(actor.model.config)
     for pair in pairs:

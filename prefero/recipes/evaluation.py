@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from prefero.models.base import Actor
 from prefero.models.lora import has_lora
 from prefero.models.trunk import evaluating
 from prefero.rewards.base import Reward
-from prefero.rollout.collect import collect
+from prefero.rollout.collect import collect, completion_of
 from prefero.rollout.engine import Engine, SamplingParams
+from prefero.strategies.group import Group
 from prefero.trainer.collate import collate_rollouts
-from prefero.types import Metrics, Prompt, Rollout, ScoredRollout
+from prefero.types import Metrics, Prompt, Rollout, Score, ScoredRollout
 
 Judge = Callable[[str, str], bool]
 
@@ -45,6 +46,22 @@ class Evaluation:
     headline: list[float]
     gold: list[float] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; of a prompt only its id and text stay."""
+        answers = [
+            [r.prompt.id, r.prompt.text, asdict(r.completion), asdict(r.score)] for r in self.rollouts
+        ]  # fmt: skip
+        return {"metrics": self.metrics, "rollouts": answers, "headline": self.headline, "gold": self.gold}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Evaluation:
+        """What `to_json` gave."""
+        rollouts = [
+            ScoredRollout(Prompt(id, (), text), completion_of(completion), Score(**score))
+            for id, text, completion, score in plain["rollouts"]
+        ]
+        return cls(dict(plain["metrics"]), rollouts, list(plain["headline"]), list(plain["gold"]))
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -55,10 +72,11 @@ class Examination:
     yardsticks: Yardsticks
     sampling: SamplingParams
     num_samples: int
+    group: Group
 
     def __call__(self, engine: Engine) -> Evaluation:
         """Samples every prompt from the policy that the engine runs and measures the answers."""
-        rollouts = collect(self.prompts, engine, self.reward, self.sampling, self.num_samples)
+        rollouts = collect(self.prompts, engine, self.reward, self.sampling, self.num_samples, self.group)
         return measure(rollouts, self.yardsticks)
 
 

@@ -22,22 +22,32 @@ def run_pipeline(session: Session) -> None:
     last: Path | None = None
     summary: dict[str, Any] = {}
     if not config.sft.skip:
-        with session.stage("sft") as stage:
-            last = train_sft(stage)
+        if session.done("sft") is None:
+            with session.stage("sft") as stage:
+                train_sft(stage)
+        last = _model_of(session, "sft")
         policy = str(last)
     if not config.reward.skip:
-        with session.stage("reward") as stage:
-            reward_model, metrics = train_reward(stage, policy)
+        if (found := session.done("reward")) is None:
+            with session.stage("reward") as stage:
+                found = train_reward(stage, policy)
+        reward_model = _model_of(session, "reward")
         last = last or reward_model
-        summary["rm_accuracy"] = metrics["reward/eval_accuracy"]
+        summary["rm_accuracy"] = found["reward/eval_accuracy"]
     if not config.ppo.skip:
-        with session.stage("ppo") as stage:
-            result = train_ppo(stage, policy, reward_model)
-        last = result.model
-        summary = {**result.summary, **summary}
+        if (found := session.done("ppo")) is None:
+            with session.stage("ppo") as stage:
+                found = train_ppo(stage, policy, reward_model)
+        last = _model_of(session, "ppo")
+        summary = {**found, **summary}
     assert last is not None, "a config that skips every stage is refused"
-    shutil.copytree(last, session.run.model, dirs_exist_ok=True)
+    if session.strategy.is_rank_0:
+        shutil.copytree(last, session.run.model, dirs_exist_ok=True)
     session.finish(summary)
+
+
+def _model_of(session: Session, stage: str) -> Path:
+    return session.run.checkpoints / stage / "model"
 
 
 def run_sft(session: Session) -> None:

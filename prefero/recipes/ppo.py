@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,37 +17,41 @@ from prefero.models.auto import AutoCritic
 from prefero.models.base import Actor, Critic
 from prefero.models.lora import has_lora
 from prefero.recipes.evaluation import Examination
+from prefero.recipes.keeper import Saver
 from prefero.recipes.rewards import Judging, build_part, build_reward
-from prefero.recipes.session import Session, adamw, load_policy, make_strategy, num_parameters, schedule
+from prefero.recipes.session import Session, adamw, load_policy, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Sources, Split, spread
-from prefero.recipes.watcher import PPOResult, Watcher
+from prefero.recipes.watcher import Watcher
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
-from prefero.strategies.naive import pick_device
+from prefero.strategies.group import Group
 from prefero.trainer import PPOTrainer
 from prefero.types import Prompt
 
 
-def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPOResult:
-    """Trains the policy at `policy` (a folder or a name) and exports it; reward_model: what `trained` means."""
-    config, settings = session.config, session.config.ppo
+def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[str, Any]:
+    """Trains the policy at `policy` (a folder or a name) and exports it; reward_model: what `trained` means.
+
+    Returns what the stage found out.
+    """
+    config, settings, keeper = session.config, session.config.ppo, session.keeper()
     actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank)
-    strategy = make_strategy(config, num_parameters(actor))
+    strategy = session.strategy
+    set_up_machine(num_parameters(actor), config.strategy.threads)
     critic = make_critic(config, policy)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
-    examination = make_examination(config, session.sources, tokenizer, reward_model)
+    examination = make_examination(config, session.sources, tokenizer, reward_model, strategy.group)
 
     actor_optim = adamw(config, actor, settings.learning_rate)
     critic_optim = adamw(config, critic, settings.critic_learning_rate)
-    prepared = strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
-    (actor, actor_optim), (critic, critic_optim) = prepared[:2]
+    strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
     engine = HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size)
     optimizer_steps = settings.steps
     schedulers = [
         schedule(actor_optim, settings.schedule, optimizer_steps, settings.warmup_fraction, settings.critic_warmup),
         schedule(critic_optim, settings.schedule, optimizer_steps, settings.warmup_fraction),
     ]
-    watcher = Watcher(session, examination, engine, actor, reference, tokenizer)
+    watcher, saver = Watcher(session, examination, engine, actor, reference, tokenizer), Saver(keeper)
     trainer = PPOTrainer(
         strategy,
         actor,
@@ -58,7 +63,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
         train_batch_size=settings.train_batch_size,
         experience_batch_size=settings.prompts_per_step,
         max_epochs=settings.max_epochs,
-        callbacks=[watcher],
+        callbacks=[watcher, saver],
         settings=ppo_settings(settings),
         micro_batch_size=settings.micro_batch_size or None,
         engine=engine,
@@ -70,7 +75,9 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> PPORe
     trainer.shows_progress = False
     prompts = load_prompts(config, session.sources, tokenizer, "train")
     session.tracker.start("ppo", settings.steps)
+    keeper.watch(trainer, watcher, saver)
     trainer.fit(prompts, num_episodes=settings.steps, max_timesteps=1, update_timesteps=1)
+    keeper.checkpoints.wait()
     return watcher.finish()
 
 
@@ -131,11 +138,10 @@ def load_prompts(config: Config, sources: Sources, tokenizer: PreTrainedTokenize
 
 
 def make_examination(
-    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None
+    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None, group: Group
 ) -> Examination:
     """The held-out prompts with the run's reward and its independent scorer."""
-    device = pick_device(config.strategy.device or None)
-    how = Judging(reward_model, config.reward.max_length, config.evaluate.batch_size, device)
+    how = Judging(reward_model, config.reward.max_length, config.evaluate.batch_size, group.device)
     yardsticks = sources.yardsticks()
     if config.evaluate.gold:
         gold = build_part("gold", RewardPart(use=config.evaluate.gold), how)
@@ -147,4 +153,5 @@ def make_examination(
         # A seed of its own: the examination's draws are never those of a training step.
         sampling=replace(sampling_params(config), seed=config.seed + 1_000_003),
         num_samples=config.evaluate.num_samples,
+        group=group,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,28 +23,29 @@ from prefero.models.loading import load_tokenizer
 from prefero.models.trunk import evaluating
 from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
-from prefero.recipes.session import Session, Steps, adamw, make_strategy, num_parameters, schedule
+from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Split, spread
 from prefero.trainer import RewardModelTrainer
 from prefero.types import Metrics, PreferenceBatch
 
 
-def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
-    """Trains a reward model and exports it; policy: what the backbone `policy` means. Returns folder and metrics."""
-    config, settings = session.config, session.config.reward
+def train_reward(session: Session, policy: str) -> Metrics:
+    """Trains a reward model and exports it; policy: what the backbone `policy` means. Returns its last metrics."""
+    config, settings, keeper = session.config, session.config.reward, session.keeper()
     of_policy = settings.model == "policy"
     backbone = policy if of_policy else settings.model
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
     model = AutoRM(pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout)
-    strategy, limits = make_strategy(config, num_parameters(model)), Limits.of(model.model.config)
+    set_up_machine(num_parameters(model), config.strategy.threads)
+    limits = Limits.of(model.model.config)
     loader, heldout = (comparisons(session, tokenizer, split, limits) for split in ("train", "heldout"))
     steps = settings.steps or settings.epochs * len(loader)
     session.tracker.start("reward", steps)
     optimizer = adamw(config, model, settings.learning_rate, settings.weight_decay)
     trainer = RewardModelTrainer(
         model,
-        strategy,
+        session.strategy,
         optimizer,
         Steps(loader, steps),
         heldout,
@@ -58,11 +58,17 @@ def train_reward(session: Session, policy: str) -> tuple[Path, Metrics]:
         tracker=session.tracker,
         eval_interval=settings.eval_every or None,
     )
+    keeper.watch(trainer)
+    trainer.after_step = lambda: keeper.after(trainer.num_steps, trainer.num_steps)
     metrics = trainer.fit()
-    model.save_pretrained(session.run.model, tokenizer)
-    write_statistics(session.run.model, *score_statistics(model, heldout))
+    keeper.checkpoints.wait()
+    session.export(model, session.run.model, tokenizer)
+    statistics = score_statistics(model, heldout)
+    if session.strategy.is_rank_0:
+        write_statistics(session.run.model, *statistics)
+    session.strategy.group.wait()
     session.finish({"stage": "reward", "rm_accuracy": metrics["reward/eval_accuracy"], **metrics})
-    return session.run.model, metrics
+    return metrics
 
 
 @torch.no_grad()

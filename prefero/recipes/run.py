@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from prefero.config import ConfigError, load_config
+from prefero.config import Config, ConfigError, flat, load_config, to_dict
+from prefero.recipes.keeper import STOPPED, StoppedError
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
 from prefero.recipes.preflight import preflight
-from prefero.recipes.session import Session, open_session
+from prefero.recipes.session import Session, make_strategy, open_session
 from prefero.recipes.show import show_result
-from prefero.tracking.report import write_report
+from prefero.tracking.run_folder import RunFolder
 
 _STAGES: dict[str, Callable[[Session], None]] = {
     "pipeline": run_pipeline,
@@ -22,18 +25,82 @@ _STAGES: dict[str, Callable[[Session], None]] = {
 }
 
 
-def run(command: str, config: str, overrides: Sequence[str], out: str = "", overwrite: bool = False) -> None:
-    """Runs pipeline, sft, reward or ppo; quickstart is the pipeline of configs/quickstart.yaml."""
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, and where."""
+
+    stage: str
+    config: Config
+    folder: Path | None
+    default_name: str
+    overwrite: bool = False
+    resume: bool = False
+
+
+def run(
+    command: str, config: str, overrides: Sequence[str], out: str = "", overwrite: bool = False, resume: bool = False
+) -> int:
+    """Runs pipeline, sft, reward or ppo; quickstart is the pipeline of configs/quickstart.yaml.
+
+    resume: goes on with the run in `out`. Returns the exit status: 0, or that of a run that was asked to stop.
+    """
     stage = "pipeline" if command == "quickstart" else command
     path = find_config(config)
     settings = load_config(path, overrides, section=stage)
-    sources = preflight(settings, stage)
-    folder = Path(out) if out else free_folder(command if command == "quickstart" else f"{path.stem}-{command}")
-    print(f"run folder: {folder}", file=sys.stderr)
-    with open_session(settings, folder, overwrite=overwrite, stage=stage, sources=sources) as session:
-        _STAGES[stage](session)
-        write_report(session.run.path)
-    show_result(folder)
+    name = command if command == "quickstart" else f"{path.stem}-{command}"
+    if resume and not out:
+        raise ConfigError("--resume needs to know which run to go on with; name its folder with --out")
+    if resume:
+        _check_same(Path(out), settings)
+    return _run(Plan(stage, settings, Path(out) if out else None, name, overwrite, resume))
+
+
+def resume(folder: str, overrides: Sequence[str]) -> int:
+    """Goes on with an interrupted run; overrides: how, e.g. with other processes (strategy, checkpoint)."""
+    found = RunFolder.open(folder)
+    stage = str(found.summary().get("command", ""))
+    if stage not in _STAGES:
+        raise ConfigError(
+            f"{folder} does not say which command made it, so it cannot be resumed; run the command again"
+        )
+    settings = load_config(found.config_file, overrides, section=stage)
+    _check_same(found.path, settings)
+    return _run(Plan(stage, settings, found.path, "", resume=True))
+
+
+def _run(plan: Plan) -> int:
+    sources = preflight(plan.config, plan.stage)
+    strategy = make_strategy(plan.config)
+    # Rank 0 chooses: the others may look when its folder is there already.
+    folder = Path(strategy.group.gather_json([str(plan.folder or free_folder(plan.default_name))])[0])
+    if strategy.is_rank_0:
+        print(f"run folder: {folder}", file=sys.stderr)
+    try:
+        with open_session(
+            plan.config, folder, strategy, overwrite=plan.overwrite, resume=plan.resume, stage=plan.stage,
+            sources=sources,
+        ) as session:  # fmt: skip
+            _STAGES[plan.stage](session)
+            session.report(session.run)
+    except StoppedError:
+        if strategy.is_rank_0:
+            print(f"stopped and saved; go on with: prefero resume {shlex.quote(str(folder))}", file=sys.stderr)
+        return STOPPED
+    if strategy.is_rank_0:
+        show_result(folder)
+    return 0
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    """A run goes on with the config it began with; only where it runs and when it is saved may differ."""
+    then, now = (flat(settings) for settings in (RunFolder.open(folder).config(), to_dict(config)))
+    changed = sorted(
+        key for key in then.keys() | now.keys()
+        if then.get(key) != now.get(key) and not key.startswith(("strategy.", "checkpoint."))
+    )  # fmt: skip
+    if changed:
+        told = ", ".join(f"{key} ({then.get(key)!r}, now {now.get(key)!r})" for key in changed[:5])
+        raise ConfigError(f"{folder} was begun with another config: {told}; resume with the same, or give a new --out")
 
 
 def find_config(name: str) -> Path:

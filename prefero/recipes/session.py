@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,72 +21,160 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
-from prefero.config import Config, to_dict
+from prefero.config import Config, ConfigError, to_dict
 from prefero.data.loader import Loader
+from prefero.faults import fault
 from prefero.models.auto import AutoActor
-from prefero.models.base import Actor
+from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import enable_checkpointing, load_tokenizer
 from prefero.models.lora import has_lora
+from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.sources import Sources, open_sources
-from prefero.strategies.base import Strategy
+from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
+from prefero.strategies.checkpoint import Checkpoints
 from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
-from prefero.strategies.naive import NaiveStrategy
 from prefero.tracking.base import Tracker, Trackers
 from prefero.tracking.console import ConsoleTracker
+from prefero.tracking.jsonl import JsonlTracker
 from prefero.tracking.report import write_report
 from prefero.tracking.run_folder import RunFolder
+from prefero.tracking.text import for_terminal
 
 BatchT = TypeVar("BatchT")
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run being made."""
+    """One run (or stage of one) being made.
+
+    logs: the files its numbers go to, in rank 0; its own first, then the whole run's. keeper: its checkpoints.
+    """
 
     config: Config
     run: RunFolder
     tracker: Trackers
     sources: Sources
+    strategy: Strategy
+    logs: tuple[JsonlTracker, ...]
+    stop: Stop
+    command: str
+    resume: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time since the run began."""
+        """Wall-clock time since the run began, or was resumed."""
         return time.monotonic() - self.started
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Session]:
+    def stage(self, name: str) -> Iterator[Session]:
         """A run folder of its own below checkpoints/, its numbers also going into this run's logs."""
+        folder = self.run.checkpoints / name
         with ExitStack() as stack:
-            run = stack.enter_context(RunFolder.create(self.run.checkpoints / name, to_dict(self.config)))
-            own = run.tracker(name)
-            stack.callback(own.close)
-            self.tracker.start(name, total)
-            yield replace(self, run=run, tracker=Trackers([own, self.tracker]), started=time.monotonic())
-        write_report(run.path)
+            run, logs = _open_folder(stack, self.strategy, folder, self.config, name, resume=self.resume)
+            tracker = Trackers([*logs, self.tracker])
+            yield replace(self, run=run, tracker=tracker, logs=(*logs, *self.logs), command=name,
+                          started=time.monotonic())  # fmt: skip
+        self.report(run)
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """The summary of a stage that has ended already, where the run is being resumed."""
+        folder = self.run.checkpoints / name
+        if not self.resume or not folder.is_dir():
+            return None
+        summary = RunFolder.open(folder).summary()
+        return summary if "seconds" in summary else None
+
+    def keeper(self) -> Keeper:
+        """The checkpoints of this stage: begun, or found where the run is being resumed."""
+        settings = self.config.checkpoint
+        checkpoints = Checkpoints(self.run.checkpoints / "state", self.strategy.group, settings.keep)
+        keeper = Keeper(checkpoints, self.strategy, self.logs, settings, self.stop, self.say)
+        if not (self.resume and keeper.find()):
+            keeper.begin()
+        return keeper
+
+    def say(self, text: str) -> None:
+        """A line on the error output, once for all processes."""
+        if self.strategy.is_rank_0:
+            print(for_terminal(text), file=sys.stderr)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes the summary with the duration."""
-        self.run.write_summary({**summary, "seconds": round(self.seconds, 1)})
+        if self.strategy.is_rank_0:
+            self.run.write_summary({"command": self.command, **summary, "seconds": round(self.seconds, 1)})
+
+    def report(self, run: RunFolder) -> None:
+        """Writes a run's report.html."""
+        if self.strategy.is_rank_0:
+            write_report(run.path)
+
+    def export(self, model: Actor | RewardModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes a Hugging Face folder, complete for every process when this returns."""
+        fault("export")
+        state = self.strategy.whole_state(model, only_rank0=True)
+        if self.strategy.is_rank_0:
+            model.save_pretrained(folder, tokenizer, state=state)
+        self.strategy.group.wait()
 
 
 @contextmanager
 def open_session(
-    config: Config, folder: Path, *, overwrite: bool = False, stage: str = "", sources: Sources | None = None
+    config: Config,
+    folder: Path,
+    strategy: Strategy,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    stage: str = "",
+    sources: Sources | None = None,
 ) -> Iterator[Session]:
     """Makes the run folder, seeds everything, opens the logs; what was written stays readable whatever happens.
 
-    sources: where rows come from, where they were opened before.
+    sources: where rows come from, where they were opened before. resume: the folder is there already, and the run goes
+    on from its checkpoints. Only rank 0 writes anything.
     """
     # Bars of a second or two break into the lines of the run's own display.
     transformers_logging.disable_progress_bar()
     seed_everything(config.seed)
     if sources is None:
         sources = open_sources(config.data, config.seed)
-    with RunFolder.create(folder, to_dict(config), overwrite=overwrite) as run:
-        logs: list[Tracker] = [run.tracker(stage), ConsoleTracker()]
-        with Trackers(logs) as tracker:
-            yield Session(config, run, tracker, sources)
+    stop = Stop()
+    with ExitStack() as stack:
+        run, logs = _open_folder(stack, strategy, folder, config, stage, overwrite=overwrite, resume=resume)
+        trackers: list[Tracker] = list(logs)
+        if strategy.is_rank_0:
+            console = ConsoleTracker()
+            stack.callback(console.close)
+            trackers.append(console)
+        stack.enter_context(stop.listening())
+        yield Session(config, run, Trackers(trackers), sources, strategy, logs, stop, stage, resume)
+
+
+def _open_folder(
+    stack: ExitStack,
+    strategy: Strategy,
+    folder: Path,
+    config: Config,
+    stage: str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> tuple[RunFolder, tuple[JsonlTracker, ...]]:
+    """The run folder and its log, closed with the stack; the other processes know where it is and write nothing."""
+    if not strategy.is_rank_0:
+        strategy.group.wait()
+        return RunFolder(folder), ()
+    if resume and folder.is_dir():
+        run = RunFolder.open(folder, writing=True)
+    else:
+        run = RunFolder.create(folder, to_dict(config), overwrite=overwrite)
+        run.write_summary({"command": stage})
+    stack.enter_context(run)
+    log = run.tracker(stage)
+    stack.callback(log.close)
+    strategy.group.wait()
+    return run, (log,)
 
 
 def seed_everything(seed: int) -> None:
@@ -94,21 +184,33 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def make_strategy(config: Config, num_parameters: int) -> Strategy:
-    """The strategy the config names, with the machine set up for a model of this size."""
-    settings = config.strategy
-    set_up_machine(num_parameters, settings.threads)
-    return NaiveStrategy(settings.device or None, precision=settings.precision, max_norm=settings.max_grad_norm)
+def make_strategy(config: Config) -> Strategy:
+    """The strategy the config names. Raises ConfigError when torchrun started several processes for a single one's."""
+    s, processes = config.strategy, int(os.environ.get("WORLD_SIZE", "1"))
+    if s.kind == "naive" and processes > 1:
+        raise ConfigError(
+            f"{processes} processes were started, but strategy.kind is naive, which is for one; add "
+            "--strategy.kind fsdp or --strategy.kind ddp"
+        )
+    common: dict[str, Any] = {"precision": s.precision, "max_norm": s.max_grad_norm}
+    if s.kind == "naive":
+        return NaiveStrategy(s.device or None, **common)
+    if s.device and s.device not in ("cpu", "cuda"):
+        raise ConfigError(f"strategy.device is {s.device!r}: ddp and fsdp take each process's own GPU, or cpu")
+    if s.kind == "ddp":
+        return DDPStrategy(config.seed, **common, timeout=s.timeout)
+    return FSDPStrategy(s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout)
 
 
 def set_up_machine(num_parameters: int, threads: int = 0) -> None:
-    """Threads that suit a model of this size, and the faster exact float32 product."""
-    set_threads(num_parameters, threads or None)
+    """Threads for a model of this size and the processes beside this one, and the faster exact float32 product."""
+    set_threads(num_parameters, threads or None, sharers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     prefer_onednn_fp32()
 
 
 def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> tuple[Actor, PreTrainedTokenizerBase]:
     """The actor and its tokenizer from a folder or name; with no path, the world's fresh model."""
+    fault("load")
     if not path:
         fresh = sources.scratch()
         if fresh is None:
@@ -167,13 +269,24 @@ def num_parameters(model: nn.Module) -> int:
 
 
 class Steps(Generic[BatchT]):
-    """Just so many batches of a loader, going through its epochs again as needed."""
+    """Just so many batches of a loader, going through its epochs again as needed; it can be taken up anywhere."""
 
     def __init__(self, loader: Loader[Any, BatchT], steps: int) -> None:
-        self.loader, self.steps = loader, steps
+        self.loader, self.steps, self.done = loader, steps, 0
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[BatchT]:
-        return islice(self.loader.forever(), self.steps)
+        for batch in islice(self.loader.forever(), self.steps - self.done):
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the drawing stands."""
+        return {"done": self.done, "loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave. Raises ValueError for other data or settings."""
+        self.loader.load_state_dict(state["loader"])
+        self.done = int(state["done"])

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
 from prefero.data.formats import SFTRow
 from prefero.data.tokenize import Example, TooLongError
 from prefero.recipes.limits import Limits
-from prefero.recipes.session import Session, Steps, adamw, load_policy, make_strategy, num_parameters, schedule
+from prefero.recipes.session import Session, Steps, adamw, load_policy, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Split, spread, tell_dropped
 from prefero.trainer import SFTTrainer
 from prefero.types import TokenBatch
 
 
-def train_sft(session: Session) -> Path:
-    """Teaches the configured model to imitate and exports it; returns the exported folder."""
-    config, settings = session.config, session.config.sft
+def train_sft(session: Session) -> None:
+    """Teaches the configured model to imitate and exports it."""
+    config, settings, keeper = session.config, session.config.sft, session.keeper()
     rank = config.model.lora_rank if settings.lora_rank < 0 else settings.lora_rank
     actor, tokenizer = load_policy(config, config.model.path, session.sources, rank)
-    strategy = make_strategy(config, num_parameters(actor))
+    set_up_machine(num_parameters(actor), config.strategy.threads)
     limits = Limits.of(actor.model.config)
     loader = _loader(session, tokenizer, "train", limits)
     steps = settings.steps or settings.epochs * len(loader)
@@ -28,7 +27,7 @@ def train_sft(session: Session) -> Path:
     optimizer = adamw(config, actor, settings.learning_rate, settings.weight_decay)
     trainer = SFTTrainer(
         actor,
-        strategy,
+        session.strategy,
         optimizer,
         Steps(loader, steps),
         _loader(session, tokenizer, "heldout", limits),
@@ -37,10 +36,12 @@ def train_sft(session: Session) -> Path:
         scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
         tracker=session.tracker,
     )
+    keeper.watch(trainer)
+    trainer.after_step = lambda: keeper.after(trainer.num_steps, trainer.num_steps)
     metrics = trainer.fit()
-    actor.save_pretrained(session.run.model, tokenizer)
+    keeper.checkpoints.wait()
+    session.export(actor, session.run.model, tokenizer)
     session.finish({"stage": "sft", **metrics})
-    return session.run.model
 
 
 def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:

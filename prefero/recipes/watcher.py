@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from prefero.algorithms.ppo import explained_variance
+from prefero.faults import fault
 from prefero.models.base import Actor
 from prefero.recipes.evaluation import (
     Evaluation,
@@ -27,20 +26,11 @@ from prefero.tracking.base import sample_rows
 from prefero.trainer import PPOTrainer
 from prefero.trainer.base import mean_metrics
 from prefero.trainer.callbacks import Callback
+from prefero.trainer.state import Saved, Snapshot
 from prefero.types import Experience, Metrics
 
 _SAMPLES = 4
 """Rollouts of a training step kept in samples.jsonl."""
-
-
-@dataclass(frozen=True)
-class PPOResult:
-    """What the stage found out; `model` is the exported folder."""
-
-    model: Path
-    before: Evaluation
-    after: Evaluation
-    summary: dict[str, Any]
 
 
 class Watcher(Callback):
@@ -71,6 +61,7 @@ class Watcher(Callback):
         self.best_of: Evaluation | None = None
         self.learned: list[Metrics] = []
         self.rollout: Metrics = {}
+        self.samples: list[dict[str, Any]] = []
 
     def on_fit_start(self) -> None:
         """The policy as it comes, and best-of-n of it: what PPO has to beat."""
@@ -78,7 +69,8 @@ class Watcher(Callback):
         count = self.session.config.evaluate.best_of
         if count:
             exam = self.examination
-            best = best_of_n(exam.prompts, self.engine, exam.reward, count, exam.sampling)
+            with self.session.strategy.whole(self.actor):
+                best = best_of_n(exam.prompts, self.engine, exam.reward, count, exam.sampling, exam.group)
             self.best_of = measure(best, exam.yardsticks)
 
     def on_make_experience_end(self, experience: Experience) -> None:
@@ -94,6 +86,7 @@ class Watcher(Callback):
         for name in self.trainer.last_rollouts[0].score.parts:
             parts = [rollout.score.parts[name] for rollout in self.trainer.last_rollouts]
             self.rollout[f"rollout/reward_{name}"] = sum(parts) / len(parts)
+        self.samples = sample_rows(self.trainer.last_rollouts[:_SAMPLES])
 
     def on_learn_batch_end(self, metrics: Mapping[str, float], experience: Experience) -> None:
         """Keeps the numbers of every optimizer step for the iteration's row."""
@@ -109,24 +102,44 @@ class Watcher(Callback):
         self.session.tracker.log(self.rollout | learned, step)
         if (config.eval_every and step % config.eval_every == 0) or step == config.steps:
             self.after = self._examine(step)
-            self.session.tracker.log_samples(sample_rows(self.trainer.last_rollouts[:_SAMPLES]), step)
+            self.session.tracker.log_samples(self.samples, step)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            self.actor.save_pretrained(self.session.run.checkpoints / f"step-{step:06d}", self.tokenizer)
+            self.session.export(self.actor, self.session.run.checkpoints / f"step-{step:06d}", self.tokenizer)
 
     def _examine(self, step: int) -> Evaluation:
-        evaluation = self.examination(self.engine)
+        fault("evaluate")
+        with self.session.strategy.whole(self.actor):
+            evaluation = self.examination(self.engine)
         kl = kl_from_reference(evaluation.rollouts, self.reference, self.session.config.ppo.temperature)
         evaluation.metrics["eval/kl"] = sum(kl) / len(kl)
         self.session.tracker.log(evaluation.metrics, step)
         return evaluation
 
-    def finish(self) -> PPOResult:
-        """Exports the model and writes the stage's samples and summary."""
-        self.actor.save_pretrained(self.session.run.model, self.tokenizer)
+    def keep(self, snapshot: Snapshot) -> None:
+        """Puts the examinations and the iteration's numbers so far into a snapshot."""
+        snapshot.values["watcher"] = {
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "best_of": None if self.best_of is None else self.best_of.to_json(),
+            "learned": self.learned,
+            "rollout": self.rollout,
+            "samples": self.samples,
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from what `keep` kept."""
+        values = saved.values["watcher"]
+        self.before, self.after = Evaluation.from_json(values["before"]), Evaluation.from_json(values["after"])
+        self.best_of = None if values["best_of"] is None else Evaluation.from_json(values["best_of"])
+        self.learned, self.rollout, self.samples = values["learned"], values["rollout"], values["samples"]
+
+    def finish(self) -> dict[str, Any]:
+        """Exports the model and writes the stage's samples and summary, which it returns."""
+        self.session.export(self.actor, self.session.run.model, self.tokenizer)
         self.session.tracker.log_samples(before_after_rows(self.before, self.after), self.session.config.ppo.steps)
         summary = self._summary()
         self.session.finish(summary)
-        return PPOResult(self.session.run.model, self.before, self.after, summary)
+        return summary
 
     def _summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = {

@@ -107,6 +107,10 @@ class ReplayBuffer(ABC):
         """Adds every row."""
 
     @abstractmethod
+    def put(self, item: BufferItem) -> None:
+        """Adds one row as it is."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Forgets every row."""
 
@@ -144,6 +148,9 @@ class NaiveReplayBuffer(ReplayBuffer):
         self.items.extend(split_experience_batch(kept))
         if self.limit > 0:
             del self.items[: -self.limit]
+
+    def put(self, item: BufferItem) -> None:
+        self.items.append(item)
 
     def clear(self) -> None:
         self.items.clear()

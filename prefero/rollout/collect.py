@@ -1,20 +1,37 @@
-"""From prompts to scored rollouts: generate, then score once."""
+"""From prompts to scored rollouts: generate, then score once; shared out over processes and joined again."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
+from prefero.faults import fault
 from prefero.rewards.base import Reward, checked_scores
-from prefero.rollout.engine import Engine, SamplingParams
-from prefero.types import Prompt, Rollout, ScoredRollout
+from prefero.rollout.engine import Engine, SamplingParams, TruncatedCompletion
+from prefero.strategies.group import Group
+from prefero.types import Completion, Prompt, Rollout, Score, ScoredRollout
+
+ALONE = Group()
 
 
 def collect(
-    prompts: Sequence[Prompt], engine: Engine, reward: Reward, params: SamplingParams, num_samples: int = 1
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    reward: Reward,
+    params: SamplingParams,
+    num_samples: int = 1,
+    group: Group = ALONE,
+    *,
+    in_step: bool = False,
 ) -> list[ScoredRollout]:
     """Draws `num_samples` completions of each prompt and scores them all in one call of the reward.
 
-    Returns len(prompts) * num_samples rollouts in group order: all samples of the first prompt, then of the second.
+    Returns len(prompts) * num_samples rollouts in group order: all samples of the first prompt, then of the second. A
+    prompt that stands there twice draws other samples the second time. group: every process answers and scores its
+    share of the prompts and gets the rollouts of all. in_step: the reward must be called by all processes for equally
+    many rollouts, so some score one twice.
     Raises ValueError for no prompts, num_samples below 1, whatever the engine refuses, and at the first score that
     is missing or no finite number, naming the prompt, the reward, the value and the cure.
     """
@@ -22,12 +39,51 @@ def collect(
         raise ValueError("collect got no prompts: check that the prompt source is not empty or used up")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples is {num_samples!r}: give a whole number, 1 or more")
-    grouped = [prompt for prompt in prompts for _ in range(num_samples)]
-    completions = engine.generate(grouped, params)
-    assert len(completions) == len(grouped), "an engine answers every prompt exactly once"
-    rollouts = [Rollout(prompt, completion) for prompt, completion in zip(grouped, completions, strict=True)]
-    scores = checked_scores(reward, rollouts)
-    return [
+    prompts, share = _numbered(prompts, num_samples), group.share(len(prompts))
+    grouped = [prompts[row] for row in share.rows for _ in range(num_samples)]
+    num_real = share.num_real * num_samples
+    if not in_step:
+        grouped = grouped[:num_real]
+    fault("rollout")
+    rollouts = _answered(grouped, engine, params)
+    fault("score")
+    scores = checked_scores(reward, rollouts) if rollouts else []
+    own = [
         ScoredRollout(rollout.prompt, rollout.completion, score)
         for rollout, score in zip(rollouts, scores, strict=True)
+    ][:num_real]
+    if group.world_size == 1:
+        return own
+    # Every process has the prompts; only what was answered and scored has to travel.
+    answers = group.gather_json([[asdict(rollout.completion), asdict(rollout.score)] for rollout in own])
+    return [
+        ScoredRollout(prompt, completion_of(completion), Score(**score))
+        for prompt, (completion, score) in zip(
+            [prompt for prompt in prompts for _ in range(num_samples)], answers, strict=True
+        )
     ]
+
+
+def _answered(prompts: Sequence[Prompt], engine: Engine, params: SamplingParams) -> list[Rollout]:
+    if not prompts:
+        return []
+    completions = engine.generate(prompts, params)
+    assert len(completions) == len(prompts), "an engine answers every prompt exactly once"
+    return [Rollout(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _numbered(prompts: Sequence[Prompt], num_samples: int) -> list[Prompt]:
+    """Prompts that know how often they were asked before, however they are shared out."""
+    asked: Counter[str] = Counter()
+    numbered = []
+    for prompt in prompts:
+        again = asked[prompt.id]
+        numbered.append(replace(prompt, first_sample=again * num_samples) if again else prompt)
+        asked[prompt.id] += 1
+    return numbered
+
+
+def completion_of(plain: dict[str, Any]) -> Completion:
+    """A completion from its fields, as JSON brought them."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return TruncatedCompletion(**fields) if "sampling_logprobs" in fields else Completion(**fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefero.models.base import Actor
 from prefero.models.trunk import evaluating, full_precision_head
 from prefero.rollout.engine import SamplingParams, TruncatedCompletion
 from prefero.rollout.sampling import Draw, draw, stream_key, uniforms
@@ -76,6 +77,7 @@ class HFEngine:
     def update_weights(self, actor: Any) -> None:
         """Points at this actor; nothing is copied, generation always runs the very weights that train."""
         self.model: Any = causal_lm(actor)
+        self._forward_of: Callable[..., Any] = actor.decode if isinstance(actor, Actor) else self.model
         inner: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self._accepts = frozenset(inspect.signature(inner.forward).parameters)
         self._config: Any = inner.config.get_text_config()
@@ -139,7 +141,7 @@ class HFEngine:
 
     def _rows(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[_Row]:
         known: dict[str, Prompt] = {}
-        asked: Counter[str] = Counter()
+        asked: Counter[tuple[str, int]] = Counter()
         rows = []
         for index, prompt in enumerate(prompts):
             if known.setdefault(prompt.id, prompt).token_ids != prompt.token_ids:
@@ -147,11 +149,13 @@ class HFEngine:
                     f"prompt id {prompt.id!r} names two different prompts (texts {known[prompt.id].text[:60]!r} and "
                     f"{prompt.text[:60]!r}): give every prompt its own id, their samples are drawn by it"
                 )
-            if asked[prompt.id] == 0:
+            asking = (prompt.id, prompt.first_sample)
+            if asked[asking] == 0:
                 self._check_prompt(prompt, params)
-            key = stream_key(params.seed, params.step, prompt.id, asked[prompt.id])
+            sample = prompt.first_sample + asked[asking]
+            key = stream_key(params.seed, params.step, prompt.id, sample)
             rows.append(_Row(index, prompt, key))
-            asked[prompt.id] += 1
+            asked[asking] += 1
         return rows
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -203,7 +207,7 @@ class HFEngine:
         inputs |= {name: value for name, value in optional.items() if name in self._accepts}
         # no_grad, not inference_mode: buffers a model makes on the way (rotary tables) must stay usable for training.
         with torch.no_grad():
-            output = self.model(**inputs, use_cache=True)
+            output = self._forward_of(**inputs, use_cache=True)
         if output.past_key_values is None:
             raise ValueError(
                 f"model {type(self.model).__name__} returned no key/value cache: the engine needs a decoder that "

@@ -1,7 +1,10 @@
-"""Where models live: one process now; the same program on more."""
+"""Where models live: one process or many, whole or shared out; the same program."""
 
 from prefero.strategies.base import Strategy
+from prefero.strategies.colossalai import ColossalAIStrategy
+from prefero.strategies.ddp import DDPStrategy
+from prefero.strategies.fsdp import FSDPStrategy
 from prefero.strategies.naive import NaiveStrategy
 from prefero.strategies.sampler import DistributedSampler
 
-__all__ = ["DistributedSampler", "NaiveStrategy", "Strategy"]
+__all__ = ["ColossalAIStrategy", "DDPStrategy", "DistributedSampler", "FSDPStrategy", "NaiveStrategy", "Strategy"]

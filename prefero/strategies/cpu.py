@@ -38,20 +38,30 @@ def supports_bf16() -> bool:
     return not _BF16_FLAGS.isdisjoint(cpu_flags())
 
 
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself, so that it is worth using."""
+    if device.type == "cpu":
+        return supports_bf16()
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return False
+
+
 def usable_cores() -> int:
     """The cores this process may run on (a container's share, not the machine's)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(num_parameters: int, threads: int | None = None) -> int:
+def set_threads(num_parameters: int, threads: int | None = None, sharers: int = 1) -> int:
     """Sets torch's threads for models of this size and returns the number.
 
     threads: what the user asked for; None is one thread below five million parameters (waiting for each other costs
-    tiny models more than it brings) and every usable core above. Raises ValueError below 1.
+    tiny models more than it brings) and every usable core above. sharers: processes that divide the cores. Raises
+    ValueError below 1.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: give 1 or more, or leave it out")
-    chosen = threads or (1 if num_parameters < 5_000_000 else usable_cores())
+    chosen = threads or (1 if num_parameters < 5_000_000 else max(1, usable_cores() // sharers))
     torch.set_num_threads(chosen)
     return chosen
 

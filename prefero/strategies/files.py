@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights in float32: its own `checkpoint_state` if it has one, else its state dict."""
-    own = getattr(module, "checkpoint_state", None)
-    state: dict[str, Tensor] = module.state_dict() if own is None else own()
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+from torch import Tensor
 
 
 def write_tensors(state: dict[str, Tensor], path: Path) -> None:

@@ -90,6 +90,25 @@ class JsonlTracker:
                 {"stage": self._stage, "step": int(step), **clean, **({"nonfinite": lost} if lost else {})},
             )
 
+    def sizes(self) -> list[int]:
+        """How many bytes both files hold, all of them on the disk."""
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                os.fsync(file.fileno())
+        return [0 if file is None else file.tell() for file in (self._metrics, self._samples)]
+
+    def cut(self, sizes: Sequence[int]) -> None:
+        """Goes on from where the files had these sizes: what was written since is written again.
+
+        Raises ValueError for a file that is shorter.
+        """
+        for file, size in zip((self._metrics, self._samples), sizes, strict=True):
+            if file is not None:
+                if file.seek(0, os.SEEK_END) < size:
+                    raise ValueError(f"{file.name} has lost rows since the checkpoint: bring it back from a backup")
+                file.truncate(size)
+                file.seek(size)
+
     def close(self) -> None:
         """Flushes to the disk and closes both files; may be called twice."""
         for file in (self._metrics, self._samples):

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefero.rollout.buffer import ReplayBuffer
+from prefero.faults import fault
+from prefero.rollout.buffer import BufferItem, ReplayBuffer
+from prefero.rollout.sampling import stream_key
 from prefero.strategies.base import Strategy
+from prefero.strategies.sampler import DistributedSampler
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import ExperienceMaker
 from prefero.trainer.progress import Progress
+from prefero.trainer.state import Saved, Snapshot
 from prefero.types import Experience, Metrics
+
+_ROW = [f.name for f in fields(BufferItem) if f.name != "info"]
+
+
+@dataclass
+class Cursor:
+    """Where a loop stands: what it will do next.
+
+    timestep: of the episode; learning: its experience is in the buffer and is being learned from. phase: learn phases
+    finished; epoch: of the phase; batch: optimiser steps of the epoch taken.
+    """
+
+    started: bool = False
+    episode: int = 0
+    timestep: int = 0
+    learning: bool = False
+    phase: int = 0
+    epoch: int = 0
+    batch: int = 0
 
 
 class Trainer(ABC):
@@ -52,6 +77,13 @@ class Trainer(ABC):
         self.dataloader_pin_memory = dataloader_pin_memory
         self.callbacks = list(callbacks)
         self.generate_kwargs = generate_kwargs
+        # Every process must cut the same batches, whatever else has drawn from its random numbers.
+        self.seed = strategy.group.agreed(torch.initial_seed() % 2**63)
+        self.cursor = Cursor()
+        self.phase_metrics: list[Metrics] = []
+        """Of the optimiser steps of the learn phase so far."""
+        self.sampler: DistributedSampler | None = None
+        self._resumed: dict[str, int] | None = None
         self.shows_progress = True
         """Whether `fit` draws a bar on a terminal; a run with a display of its own switches it off."""
 
@@ -68,27 +100,38 @@ class Trainer(ABC):
         replacement; after every update_timesteps timesteps, counted over episodes, and after the very last one,
         the trainer learns from the buffer and empties it.
         """
-        sampler = self.strategy.setup_sampler(prompts)
-        last = num_episodes * max_timesteps
-        time = 0
-        self._call("on_fit_start")
+        # Every process draws the same prompts and answers its share of them.
+        self.sampler = sampler = DistributedSampler(prompts)
+        if self._resumed is not None:
+            sampler.load_state_dict(self._resumed)
+        at, last = self.cursor, num_episodes * max_timesteps
+        if not at.started:
+            self._call("on_fit_start")
+            at.started = True
         with Progress("fit", last, enabled=self.shows_progress and self.strategy.is_rank_0) as progress:
-            for episode in range(num_episodes):
-                self._call("on_episode_start", episode)
-                for _ in range(max_timesteps):
-                    time += 1
-                    self.collect(sampler.sample(self.experience_batch_size))
-                    if time % update_timesteps == 0 or time == last:
+            while at.episode < num_episodes:
+                if at.timestep == 0 and not at.learning:
+                    self._call("on_episode_start", at.episode)
+                while at.timestep < max_timesteps:
+                    if not at.learning:
+                        self.collect(sampler.sample(self.experience_batch_size))
+                        time = at.episode * max_timesteps + at.timestep + 1
+                        at.learning = time % update_timesteps == 0 or time == last
+                    if at.learning:
                         progress.note(self.learn())
                         self.replay_buffer.clear()
+                        at.learning = False
+                    at.timestep += 1
                     progress.advance()
-                self._call("on_episode_end", episode)
+                at.episode, at.timestep = at.episode + 1, 0
+                self._call("on_episode_end", at.episode - 1)
         self._call("on_fit_end")
+        self.cursor, self._resumed = Cursor(phase=at.phase), None
 
     def collect(self, prompts: Any) -> Experience:
         """Makes experience from these prompts and puts it into the buffer."""
         self._call("on_make_experience_start")
-        with self.strategy.autocast():
+        with self.strategy.whole(self.experience_maker.actor), self.strategy.autocast():
             experience = self._make_experience(self._inputs(prompts))
         self._call("on_make_experience_end", experience)
         self.replay_buffer.append(experience)
@@ -117,21 +160,27 @@ class Trainer(ABC):
         return self.experience_maker.make_experience(inputs, **self.generate_kwargs)
 
     def _learn(self) -> Metrics:
-        steps: list[Metrics] = []
-        if self.sample_replay_buffer:
-            for epoch in range(self.max_epochs):
-                self._call("on_learn_epoch_start", epoch)
-                steps.append(self._learn_batch(self.replay_buffer.sample()))
-                self._call("on_learn_epoch_end", epoch)
-            return mean_metrics(steps)
+        at = self.cursor
         pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        loader = self.strategy.setup_dataloader(self.replay_buffer, pin_memory)
-        for epoch in range(self.max_epochs):
-            self._call("on_learn_epoch_start", epoch)
-            for experience in loader:
-                steps.append(self._learn_batch(experience.to_device(self.device)))
-            self._call("on_learn_epoch_end", epoch)
+        while at.epoch < self.max_epochs:
+            if at.batch == 0:
+                self._call("on_learn_epoch_start", at.epoch)
+            # The order depends on seed, learn phase and epoch alone, so it can be taken up anywhere, by any process.
+            order = torch.Generator().manual_seed(stream_key(self.seed, at.phase, "learn", at.epoch))
+            for experience in islice(self._batches(pin_memory, order), at.batch, None):
+                at.batch += 1
+                self._learn_batch(experience.to_device(self.device))
+            at.epoch, at.batch = at.epoch + 1, 0
+            self._call("on_learn_epoch_end", at.epoch - 1)
+        at.phase, at.epoch = at.phase + 1, 0
+        steps, self.phase_metrics = self.phase_metrics, []
         return mean_metrics(steps)
+
+    def _batches(self, pin_memory: bool, order: torch.Generator) -> Iterable[Experience]:
+        """One epoch over the buffer, or a single random batch of it."""
+        if self.sample_replay_buffer:
+            return [self.replay_buffer.sample()]
+        return self.strategy.setup_dataloader(self.replay_buffer, pin_memory, order)
 
     @property
     def device(self) -> torch.device:
@@ -139,10 +188,34 @@ class Trainer(ABC):
         return next(self.experience_maker.actor.parameters()).device
 
     def _learn_batch(self, experience: Experience) -> Metrics:
+        fault("learn")
         self._call("on_learn_batch_start")
         metrics = self.training_step(experience)
+        self.phase_metrics.append(metrics)
         self._call("on_learn_batch_end", metrics, experience)
         return metrics
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Puts into a snapshot what the loop must remember, the buffer in use included."""
+        values: dict[str, Any] = {"cursor": vars(self.cursor).copy(), "seed": self.seed, "metrics": self.phase_metrics}
+        values["sampler"] = None if self.sampler is None else self.sampler.state_dict()
+        items = [self.replay_buffer[row] for row in range(len(self.replay_buffer))]
+        values["buffer"] = [list(item.info) for item in items]
+        snapshot.values["loop"] = values
+        for row, item in enumerate(items):
+            tensors = {name: getattr(item, name) for name in _ROW}
+            tensors |= {f"info/{name}": number for name, number in item.info.items()}
+            snapshot.tensors |= {f"buffer/{row}/{name}": tensor for name, tensor in tensors.items()}
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from what `keep` kept; `fit` with the same arguments then ends as it would have ended."""
+        values = saved.values["loop"]
+        self.cursor = Cursor(**values["cursor"])
+        self.seed, self.phase_metrics, self._resumed = values["seed"], values["metrics"], values["sampler"]
+        for row, names in enumerate(values["buffer"]):
+            tensors = {name: saved.tensor(f"buffer/{row}/{name}") for name in _ROW}
+            info = {name: saved.tensor(f"buffer/{row}/info/{name}") for name in names}
+            self.replay_buffer.put(BufferItem(**tensors, info=info))
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:

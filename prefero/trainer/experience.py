@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from prefero.algorithms.base import OnlineAlgorithm
 from prefero.algorithms.ppo import PPO, PPOSettings
+from prefero.faults import fault
 from prefero.models.base import Actor, Critic
 from prefero.models.generation import eos_ids
 from prefero.models.trunk import evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import make_experience_batch, split_experience_batch
-from prefero.rollout.collect import collect
+from prefero.rollout.collect import ALONE, collect
 from prefero.rollout.engine import Engine, SamplingParams
+from prefero.strategies.group import Group
 from prefero.trainer.collate import collate_rollouts
+from prefero.trainer.gather import gather_experience
 from prefero.types import Experience, Prompt, Rollout, Score, ScoredRollout
 
 
@@ -33,16 +36,18 @@ class ExperienceMaker(ABC):
         reward_model: Any,
         initial_model: Actor | None,
         kl_coef: float = 0.1,
+        group: Group = ALONE,
     ) -> None:
         self.actor = actor
         self.critic = critic
         self.reward_model = reward_model
         self.initial_model = initial_model
         self.kl_coef = kl_coef
+        self.group = group
 
     @abstractmethod
     def make_experience(self, input_ids: Any, **generate_kwargs: Any) -> Experience:
-        """Experience from prompts."""
+        """Experience from prompts, the same for all processes of `group`: each makes its share of the rows."""
 
 
 class NaiveExperienceMaker(ExperienceMaker):
@@ -60,8 +65,9 @@ class NaiveExperienceMaker(ExperienceMaker):
         initial_model: Actor | None,
         kl_coef: float = 0.1,
         algorithm: OnlineAlgorithm | None = None,
+        group: Group = ALONE,
     ) -> None:
-        super().__init__(actor, critic, reward_model, initial_model, kl_coef)
+        super().__init__(actor, critic, reward_model, initial_model, kl_coef, group)
         self.algorithm = algorithm
 
     @torch.no_grad()
@@ -70,6 +76,13 @@ class NaiveExperienceMaker(ExperienceMaker):
         temperature = float(generate_kwargs.get("temperature") or 1.0)
         settings = PPOSettings(kl_coef=self.kl_coef, temperature=temperature)
         algorithm = self.algorithm or PPO(self.actor, self.critic, self.initial_model, settings)
+        share = self.group.share(len(input_ids))
+        if self.group.world_size > 1:
+            generate_kwargs = {
+                name: value[share.rows] if isinstance(value, Tensor) and len(value) == len(input_ids) else value
+                for name, value in generate_kwargs.items()
+            }
+            input_ids = input_ids[share.rows]
         with evaluating(self.actor, self.critic, self.reward_model, self.initial_model):
             sequences, attention_mask, action_mask = self.actor.generate(
                 input_ids, return_action_mask=True, **generate_kwargs
@@ -80,7 +93,8 @@ class NaiveExperienceMaker(ExperienceMaker):
             action_mask = action_mask[:, : width - input_ids.shape[1]]
             scores = self.reward_model(sequences, attention_mask)
             ended = _ended(sequences, action_mask, eos_ids(self.actor.model, generate_kwargs.get("eos_token_id")))
-            return algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)
+            part = algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)
+        return gather_experience(self.group, part, share.num_real)
 
 
 def checked(scores: Any) -> Tensor:
@@ -115,8 +129,9 @@ class EngineExperienceMaker(ExperienceMaker):
         sampling: SamplingParams,
         num_samples: int = 1,
         batch_size: int | None = None,
+        group: Group = ALONE,
     ) -> None:
-        super().__init__(algorithm.actor, algorithm.critic, reward_model, algorithm.reference, algorithm.kl_coef)
+        super().__init__(algorithm.actor, algorithm.critic, reward_model, algorithm.reference, algorithm.kl_coef, group)
         self.algorithm = algorithm
         self.engine = engine
         self.sampling = sampling
@@ -131,16 +146,20 @@ class EngineExperienceMaker(ExperienceMaker):
         assert not generate_kwargs, "generation through an engine is set by SamplingParams"
         params = replace(self.sampling, step=self.sampling.step + self.step)
         self.step += 1
+        by_model = isinstance(self.reward_model, nn.Module)
         with evaluating(self.actor):
-            reward = self._score_ids if isinstance(self.reward_model, nn.Module) else self.reward_model
-            self.last_rollouts = collect(input_ids, self.engine, reward, params, self.num_samples)
-        size = self.batch_size or len(self.last_rollouts)
-        parts = [
-            self._judge(self.last_rollouts[start : start + size]) for start in range(0, len(self.last_rollouts), size)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return make_experience_batch([item for part in parts for item in split_experience_batch(part)])
+            reward = self._score_ids if by_model else self.reward_model
+            self.last_rollouts = collect(
+                input_ids, self.engine, reward, params, self.num_samples, self.group, in_step=by_model
+            )
+        fault("judge")
+        share = self.group.share(len(self.last_rollouts))
+        rollouts = [self.last_rollouts[row] for row in share.rows]
+        size = self.batch_size or len(rollouts)
+        parts = [self._judge(rollouts[start : start + size]) for start in range(0, len(rollouts), size)]
+        if len(parts) > 1:
+            parts = [make_experience_batch([item for part in parts for item in split_experience_batch(part)])]
+        return gather_experience(self.group, parts[0], share.num_real)
 
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         device = next(self.actor.parameters()).device

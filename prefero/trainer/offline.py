@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence, Sized
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from prefero.algorithms.base import Algorithm, learning_mode
 from prefero.models.lora import has_lora
 from prefero.models.trunk import evaluating
 from prefero.strategies.base import Strategy
+from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
+from prefero.trainer.state import (
+    Saved,
+    Snapshot,
+    keep_model,
+    keep_optimizer,
+    keep_strategy,
+    restore_model,
+    restore_optimizer,
+    restore_strategy,
+)
 from prefero.trainer.update import Learner, cosine, update
-from prefero.types import Metrics
+from prefero.types import Metrics, PreferenceBatch, TokenBatch
 
-BatchT = TypeVar("BatchT")
+BatchT = TypeVar("BatchT", bound=TokenBatch | PreferenceBatch)
 Schedule = LRScheduler | Literal["cosine", "constant"]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that know where they stand."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class OfflineTrainer(ABC, Generic[BatchT]):
@@ -46,7 +67,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
                              ("eval_interval", eval_interval)):  # fmt: skip
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
-        # As the older trainers did it themselves; what is placed already stays as it is.
+        # As the older trainers did it themselves; models stay the objects they were, and what is placed stays placed.
         strategy.prepare((learner.model, learner.optimizer))
         self.strategy = strategy
         self.algorithm = algorithm
@@ -60,7 +81,11 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         self.tracker = tracker
         self.eval_sets = eval_sets
         self.eval_interval = eval_interval
-        self.num_steps = 0
+        self.num_steps = self.epoch = 0
+        self.last_metrics: Metrics = {}
+        self.last_evaluation: Metrics = {}
+        self.after_step: Callable[[], None] = lambda: None
+        """Called after every optimiser step, when all about it is known and logged."""
 
     def _schedule(self, scheduler: Schedule) -> LRScheduler | None:
         if isinstance(scheduler, LRScheduler):
@@ -78,8 +103,26 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         """The batch cut into what is forwarded at once."""
 
     @abstractmethod
-    def _prepared(self, batch: Any) -> BatchT:
-        """A batch of the loader on the device of the model."""
+    def _typed(self, batch: Any) -> BatchT:
+        """A batch of the loader as what it must be; raises ValueError for anything else."""
+
+    @abstractmethod
+    def _share(self, batch: BatchT, share: Share) -> BatchT:
+        """One process's part of a batch."""
+
+    def _own(self, batch: BatchT) -> BatchT:
+        """This process's part of a batch, on the device of the model."""
+        own = self._share(batch, self.strategy.group.share(len(batch)))
+        return type(own)(*(tensor.to(self.device) for tensor in vars(own).values()))
+
+    def _check_same(self, batch: BatchT) -> None:
+        ids = batch.token_ids.double().flatten()
+        fingerprint = float((ids + 1.0) @ torch.arange(1.0, len(ids) + 1.0, dtype=torch.float64, device=ids.device))
+        if not self.strategy.group.same(fingerprint):
+            raise ValueError(
+                "the processes were given different batches: each takes its own share of one global batch, so every "
+                "loader must shuffle alike (give it a generator with the same seed on every process)"
+            )
 
     @property
     def model(self) -> nn.Module:
@@ -94,7 +137,9 @@ class OfflineTrainer(ABC, Generic[BatchT]):
     def training_step(self, batch: Any) -> Metrics:
         """One optimiser step on one batch, and one of the schedule."""
         learning_mode(self.model, self.dropout)
-        micro_batches = self._micro_batches(self._prepared(batch))
+        whole = self._typed(batch)
+        self._check_same(whole)
+        micro_batches = self._micro_batches(self._own(whole))
         metrics = update(
             self.strategy, [self.learner], micro_batches, self.algorithm.count, self.algorithm.losses, self.max_norm
         )
@@ -107,25 +152,54 @@ class OfflineTrainer(ABC, Generic[BatchT]):
     def run(self, log_interval: int = 1) -> Metrics:
         """All epochs; returns the last step's metrics with those of the last evaluation."""
         total = len(self.train_batches) * self.max_epochs if isinstance(self.train_batches, Sized) else None
-        metrics: Metrics = {}
-        evaluated: Metrics = {}
         shown = self.strategy.is_rank_0
         with Progress(self.learner.role, total, enabled=shown and self.tracker is None) as progress:
-            for epoch in range(self.max_epochs):
-                self._start_epoch(epoch)
-                before = self.num_steps
+            while self.epoch < self.max_epochs:
+                self._start_epoch(self.epoch)
                 for batch in self.train_batches:
-                    metrics = self.training_step(batch)
+                    self.last_metrics = self.training_step(batch)
                     if self.tracker is not None and self.num_steps % log_interval == 0:
-                        self.tracker.log(self._named(metrics), self.num_steps)
-                    progress.note(metrics)
+                        self.tracker.log(self._named(self.last_metrics), self.num_steps)
+                    progress.note(self.last_metrics)
                     progress.advance()
                     if self.eval_interval is not None and self.num_steps % self.eval_interval == 0:
-                        evaluated = self._evaluate_all()
-                if self.num_steps == before:
+                        self.last_evaluation = self._evaluate_all()
+                    self.after_step()
+                if not self.num_steps:
                     raise ValueError("the training data is empty: there is nothing to learn from")
-                evaluated = self._evaluate_all()
-        return {**self._named(metrics), **evaluated}
+                self.last_evaluation = self._evaluate_all()
+                self.epoch += 1
+        return {**self._named(self.last_metrics), **self.last_evaluation}
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Puts everything that training changes into a snapshot; the batches too, where they know where they stand."""
+        keep_model(snapshot, self.learner.role, self.model)
+        keep_optimizer(snapshot, f"{self.learner.role}_optimizer", self.learner.optimizer, self.model)
+        snapshot.values["offline"] = {
+            "num_steps": self.num_steps,
+            "epoch": self.epoch,
+            "metrics": self.last_metrics,
+            "evaluation": self.last_evaluation,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "batches": self.train_batches.state_dict() if isinstance(self.train_batches, Resumable) else None,
+        }
+        keep_strategy(snapshot, self.strategy)
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from what `keep` kept. Raises ValueError for batches that do not know where they stand."""
+        if not isinstance(self.train_batches, Resumable):
+            raise ValueError(
+                "these batches cannot be taken up where they were left: give them state_dict and load_state_dict"
+            )
+        restore_model(saved, self.learner.role, self.model)
+        restore_optimizer(saved, f"{self.learner.role}_optimizer", self.learner.optimizer, self.model)
+        values = saved.values["offline"]
+        self.num_steps, self.epoch = values["num_steps"], values["epoch"]
+        self.last_metrics, self.last_evaluation = values["metrics"], values["evaluation"]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(values["scheduler"])
+        self.train_batches.load_state_dict(values["batches"])
+        restore_strategy(saved, self.strategy)
 
     def _start_epoch(self, epoch: int) -> None:
         """Before the first batch of an epoch."""
@@ -152,12 +226,11 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         total = 0.0
         with evaluating(self.model), self.strategy.autocast():
             for batch in batches:
-                for part in self._micro_batches(self._prepared(batch)):
+                for part in self._micro_batches(self._own(self._typed(batch))):
                     count = float(self.algorithm.count(part))
-                    if count == 0:
-                        continue
                     total += count
-                    for loss in self.algorithm.losses(part, count):
+                    # Forwarded even where nothing counts: other processes do the same and may wait for this one.
+                    for loss in self.algorithm.losses(part, max(count, 1.0)):
                         for name, number in {self.learner.name: loss.value, **loss.metrics}.items():
                             sums[name] = sums.get(name, 0.0) + float(number) * count
         names = sorted(sums)
@@ -168,6 +241,15 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         if total == 0:
             raise ValueError("the evaluation data is empty: there is nothing to evaluate on")
         return {name: float(number) / total for name, number in zip(names, reduced[1:], strict=True)}
+
+
+def row_loader(data: Any, batch_size: int, collate: Callable[[Any], Any], alike: Group | None) -> DataLoader[Any]:
+    """Batches of a dataset's rows: in order, or shuffled the same way in all processes of the group `alike`."""
+    # A loader always draws, in order too: from a generator of its own, or evaluating would move torch's global one.
+    generator = torch.Generator()
+    if alike is not None:
+        generator.manual_seed(alike.agreed(int(torch.empty((), dtype=torch.int64).random_())))
+    return DataLoader(data, batch_size, shuffle=alike is not None, collate_fn=collate, generator=generator)
 
 
 def _split_names(metrics: Metrics) -> list[tuple[str, str, float]]:

@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prefero.algorithms.base import learning_mode
 from prefero.algorithms.ppo import PPO, PPOSettings, Whitening, explained_variance
+from prefero.faults import fault
 from prefero.models.base import Actor, Critic
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import NaiveReplayBuffer
 from prefero.rollout.engine import Engine, SamplingParams
 from prefero.strategies.base import Strategy
+from prefero.strategies.group import Group
 from prefero.trainer.base import Trainer
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
-from prefero.trainer.update import Learner, split_experience, update
+from prefero.trainer.state import (
+    Saved,
+    Snapshot,
+    keep_model,
+    keep_optimizer,
+    keep_strategy,
+    restore_model,
+    restore_optimizer,
+    restore_strategy,
+)
+from prefero.trainer.update import Learner, share_experience, split_experience, update
 from prefero.types import Experience, Metrics, ScoredRollout
 
 _SEED_NUMBERS = {"kl_coef": 0.1, "eps_clip": 0.2, "value_clip": 0.4}
@@ -86,7 +97,7 @@ class PPOTrainer(Trainer):
         _freeze(initial_model, reward_model, trained=(actor, critic))
         self.algorithm = PPO(actor, critic, initial_model, settings)
         self.engine = engine
-        maker = self._maker(reward_model, sampling, num_samples, micro_batch_size)
+        maker = self._maker(reward_model, sampling, num_samples, micro_batch_size, strategy.group)
         super().__init__(
             strategy, maker, NaiveReplayBuffer(train_batch_size, buffer_limit, buffer_cpu_offload),
             experience_batch_size, max_epochs, tokenizer, sample_replay_buffer, dataloader_pin_memory, callbacks,
@@ -103,13 +114,18 @@ class PPOTrainer(Trainer):
         self._whitening: Whitening | None = None
 
     def _maker(
-        self, reward_model: Any, sampling: SamplingParams | None, num_samples: int, batch_size: int | None
+        self,
+        reward_model: Any,
+        sampling: SamplingParams | None,
+        num_samples: int,
+        batch_size: int | None,
+        group: Group,
     ) -> ExperienceMaker:
         ppo = self.algorithm
         if self.engine is not None and sampling is not None:
-            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, batch_size)
+            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, batch_size, group)
         if isinstance(reward_model, nn.Module):
-            return NaiveExperienceMaker(ppo.actor, ppo.critic, reward_model, ppo.reference, algorithm=ppo)
+            return NaiveExperienceMaker(ppo.actor, ppo.critic, reward_model, ppo.reference, algorithm=ppo, group=group)
         raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
 
     @property
@@ -127,16 +143,45 @@ class PPOTrainer(Trainer):
         self.replay_buffer.clear()
         return metrics
 
+    def keep(self, snapshot: Snapshot) -> None:
+        """Puts everything that training changes into a snapshot."""
+        super().keep(snapshot)
+        for learner in self.learners:
+            keep_model(snapshot, learner.role, learner.model)
+            keep_optimizer(snapshot, f"{learner.role}_optimizer", learner.optimizer, learner.model)
+        maker = self.experience_maker
+        snapshot.values["ppo"] = {
+            "kl_coef": self.algorithm.kl_coef,
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "collected": maker.step if isinstance(maker, EngineExperienceMaker) else 0,
+        }
+        keep_strategy(snapshot, self.strategy)
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from what `keep` kept."""
+        super().restore(saved)
+        for learner in self.learners:
+            restore_model(saved, learner.role, learner.model)
+            restore_optimizer(saved, f"{learner.role}_optimizer", learner.optimizer, learner.model)
+        values = saved.values["ppo"]
+        self.algorithm.restore_kl(values["kl_coef"])
+        for scheduler, state in zip(self.schedulers, values["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        if isinstance(self.experience_maker, EngineExperienceMaker):
+            self.experience_maker.step = values["collected"]
+        restore_strategy(saved, self.strategy)
+
     def training_step(self, experience: Experience) -> Metrics:
         """One optimiser step of actor and critic; returns at least actor_loss and critic_loss.
 
         Advantages are whitened over the whole learn phase; outside of one, over this experience.
         """
-        whitening = self._whitening or self.algorithm.whitening([experience], self.strategy.sum)
+        whitening = self._whitening or self.algorithm.whitening([experience])
+        own = share_experience(experience, self.strategy.group.share(len(experience)))
         return update(
             self.strategy,
             self.learners,
-            split_experience(experience, self.micro_batch_size),
+            split_experience(own, self.micro_batch_size),
             self.algorithm.count,
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
@@ -150,7 +195,7 @@ class PPOTrainer(Trainer):
         rollout_metrics = self._rollout_metrics(everything)
         for learner in self.learners:
             learning_mode(learner.model, dropout=False)
-        self._whitening = self.algorithm.whitening([everything], self._sum)
+        self._whitening = self.algorithm.whitening([everything])
         try:
             metrics = super()._learn()
         finally:
@@ -159,27 +204,22 @@ class PPOTrainer(Trainer):
         for scheduler in self.schedulers:
             scheduler.step()
         if "rollout/kl" in rollout_metrics:
-            num_rows = round(float(self._sum(torch.tensor(float(len(buffer))))))
-            self.algorithm.adapt_kl(rollout_metrics["rollout/kl"], num_rows)
+            self.algorithm.adapt_kl(rollout_metrics["rollout/kl"], len(buffer))
         if self.engine is not None:
+            fault("sync")
             self.engine.update_weights(self.actor)
         return {**rollout_metrics, **metrics}
 
     def _rollout_metrics(self, experience: Experience) -> Metrics:
-        """Means over rows and processes, with the KL coefficient these rollouts were penalised with."""
-        rows = float(self._sum(torch.tensor(float(len(experience)))))
+        """Means over rows, with the KL coefficient these rollouts were penalised with."""
         metrics = {
-            f"rollout/{name}": float(self._sum(number.double().sum())) / rows
+            f"rollout/{name}": float(number.double().mean())
             for name, number in {**experience.info, "reward": experience.reward}.items()
         }
-        squares = float(self._sum(experience.info["score"].double().square().sum())) / rows
+        squares = float(experience.info["score"].double().square().mean())
         metrics["rollout/score_std"] = max(squares - metrics["rollout/score"] ** 2, 0.0) ** 0.5
         metrics["policy/kl_coef"] = self.algorithm.kl_coef
         return metrics
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of something that may lie in main memory."""
-        return self.strategy.sum(tensor.to(self.device)).to(tensor.device)
 
 
 def _temperature(engine: Engine | None, sampling: SamplingParams | None, generate_kwargs: dict[str, Any]) -> float:

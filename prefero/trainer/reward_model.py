@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from prefero.algorithms.reward_modeling import PairLoss, RewardModeling
 from prefero.rollout.buffer import zero_pad_sequences
 from prefero.strategies.base import Strategy
+from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
-from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora
-from prefero.trainer.update import Learner, split_preferences
+from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
+from prefero.trainer.update import Learner, share_preferences, split_preferences
 from prefero.types import Metrics, PreferenceBatch
 
 _WANTED = (
@@ -55,12 +56,12 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         eval_interval: int | None = None,
     ) -> None:
         eval_sets = {
-            name: _loader(data, batch_size, shuffle=False)
+            name: _loader(data, batch_size, None)
             for name, data in (("eval", eval_dataset), ("valid", valid_dataset)) if data is not None
         }  # fmt: skip
         super().__init__(
             strategy, RewardModeling(model, loss_fn, centering), Learner("model", "reward/loss", model, optim),
-            _loader(train_dataset, batch_size, shuffle=True), max_epochs, micro_batch_size=micro_batch_size,
+            _loader(train_dataset, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -76,13 +77,15 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
     def _micro_batches(self, batch: PreferenceBatch) -> Sequence[PreferenceBatch]:
         return [batch] if self.micro_batch_size is None else split_preferences(batch, self.micro_batch_size)
 
-    def _prepared(self, batch: Any) -> PreferenceBatch:
+    def _typed(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):
             raise ValueError(_WANTED.format(type(batch).__name__))
         if not len(batch):
             raise ValueError("a batch of comparisons is empty: leave it out")
-        return PreferenceBatch(*(tensor.to(self.device) for tensor in (
-            batch.token_ids, batch.attention_mask, batch.chosen, batch.rejected, batch.margin)))  # fmt: skip
+        return batch
+
+    def _share(self, batch: PreferenceBatch, share: Share) -> PreferenceBatch:
+        return share_preferences(batch, share)
 
 
 def collate_pairs(rows: Sequence[Sequence[Tensor]]) -> PreferenceBatch:
@@ -98,11 +101,12 @@ def collate_pairs(rows: Sequence[Sequence[Tensor]]) -> PreferenceBatch:
         chosen=torch.arange(num_pairs),
         rejected=torch.arange(num_pairs, 2 * num_pairs),
         margin=torch.zeros(num_pairs),
+        counted=torch.ones(num_pairs, dtype=torch.bool),
     )
 
 
-def _loader(data: Any, batch_size: int, shuffle: bool) -> Iterable[Any]:
-    """Batches: as they are, or drawn from a dataset of rows."""
+def _loader(data: Any, batch_size: int, alike: Group | None) -> Iterable[Any]:
+    """Batches as they are, or of a dataset's rows: in order, or shuffled the same way in all processes of a group."""
     if isinstance(data, DataLoader) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return data  # type: ignore[no-any-return]
     if not len(data):
@@ -111,6 +115,4 @@ def _loader(data: Any, batch_size: int, shuffle: bool) -> Iterable[Any]:
         return data  # type: ignore[no-any-return]
     if not isinstance(data[0], (tuple, list)) or len(data[0]) != 4:
         raise ValueError(_WANTED.format(type(data[0]).__name__))
-    # In order nothing is drawn, yet a loader without a generator of its own would still move the global one.
-    generator = None if shuffle else torch.Generator()
-    return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_pairs, generator=generator)
+    return row_loader(data, batch_size, collate_pairs, alike)

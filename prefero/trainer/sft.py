@@ -16,9 +16,10 @@ from prefero.models.base import Actor
 from prefero.models.loss import IGNORED
 from prefero.rollout.buffer import zero_pad_sequences
 from prefero.strategies.base import Strategy
+from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
-from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora
-from prefero.trainer.update import Learner, split_tokens
+from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
+from prefero.trainer.update import Learner, share_tokens, split_tokens
 from prefero.types import Metrics, TokenBatch
 
 
@@ -51,10 +52,10 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         eval_interval: int | None = None,
     ) -> None:
         self.sampler = sampler
-        eval_sets = {} if eval_dataloader is None else {"eval": _loader(eval_dataloader, batch_size, shuffle=False)}
+        eval_sets = {} if eval_dataloader is None else {"eval": _loader(eval_dataloader, batch_size, None)}
         super().__init__(
             strategy, SFT(model), Learner("actor", "sft/loss", model, optim),
-            _loader(train_dataloader, batch_size, shuffle=True), max_epochs, micro_batch_size=micro_batch_size,
+            _loader(train_dataloader, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -91,10 +92,11 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
     def _micro_batches(self, batch: TokenBatch) -> Sequence[TokenBatch]:
         return split_tokens(batch, self.micro_batch_size)
 
-    def _prepared(self, batch: Any) -> TokenBatch:
-        batch = batch if isinstance(batch, TokenBatch) else token_batch(batch)
-        return TokenBatch(*(tensor.to(self.device) for tensor in (batch.token_ids, batch.attention_mask,
-                                                                  batch.loss_mask)))  # fmt: skip
+    def _typed(self, batch: Any) -> TokenBatch:
+        return batch if isinstance(batch, TokenBatch) else token_batch(batch)
+
+    def _share(self, batch: TokenBatch, share: Share) -> TokenBatch:
+        return share_tokens(batch, share)
 
 
 def token_batch(batch: Mapping[str, Tensor]) -> TokenBatch:
@@ -111,11 +113,10 @@ def token_batch(batch: Mapping[str, Tensor]) -> TokenBatch:
     return TokenBatch(token_ids, attention_mask.long(), (labels != IGNORED) & attention_mask.bool())
 
 
-def _loader(data: Iterable[Any], batch_size: int, shuffle: bool) -> Iterable[Any]:
+def _loader(data: Iterable[Any], batch_size: int, alike: Group | None) -> Iterable[Any]:
+    """Batches as they are, or of a dataset's rows: in order, or shuffled the same way in all processes of a group."""
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        # In order nothing is drawn, yet a loader without a generator of its own would still move the global one.
-        generator = None if shuffle else torch.Generator()
-        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, collate_fn=_collate, generator=generator)
+        return row_loader(data, batch_size, _collate, alike)
     return data
 
 

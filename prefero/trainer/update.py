@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prefero.faults import fault
 from prefero.strategies.base import Strategy
+from prefero.strategies.group import Share
 from prefero.types import Experience, Loss, Metrics, PreferenceBatch, TokenBatch
 
 BatchT = TypeVar("BatchT")
@@ -61,18 +63,21 @@ def update(
     metrics: dict[str, Tensor] = {}
     for learner in learners:
         for stream in streams:
-            with strategy.autocast():
-                loss = next(stream)
-            assert loss.role == learner.role, f"the algorithm yields {loss.role}, the trainer steps {learner.role}"
-            if not bool(torch.isfinite(loss.value)):
-                learner.optimizer.zero_grad()
-                raise ValueError(
-                    f"the {learner.name} is {float(loss.value.detach())}: training cannot go on. Lower the learning "
-                    "rate, clip gradients (max_norm) or look for broken rows in the data; this model is as it was "
-                    "before the step"
-                )
-            strategy.backward(loss.value, learner.model, learner.optimizer)
+            with strategy.micro_batch(learner.model, last=stream is streams[-1]):
+                with strategy.autocast():
+                    loss = next(stream)
+                assert loss.role == learner.role, f"the algorithm yields {loss.role}, the trainer steps {learner.role}"
+                if not bool(torch.isfinite(loss.value)):
+                    learner.optimizer.zero_grad()
+                    raise ValueError(
+                        f"the {learner.name} is {float(loss.value.detach())}: training cannot go on. Lower the "
+                        "learning rate, clip gradients (max_norm) or look for broken rows in the data; this model is "
+                        "as it was before the step"
+                    )
+                fault("backward")
+                strategy.backward(loss.value, learner.model, learner.optimizer)
             _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
+        fault("step")
         norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
         metrics[f"{learner.role}/gradient_norm_max"] = torch.tensor(norm)
         metrics[f"{learner.role}/skipped_max"] = torch.tensor(float(not math.isfinite(norm)))
@@ -88,11 +93,14 @@ def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 
 def _reduced(strategy: Strategy, metrics: Mapping[str, Tensor]) -> Metrics:
-    """Sums over processes (names in `_max` stay this process's own)."""
-    sums = [name for name in metrics if not name.endswith("_max")]
-    reduced = strategy.sum(torch.stack([metrics[name].double() for name in sums]))
-    numbers: Metrics = dict(zip(sums, reduced.tolist(), strict=True))
-    return {name: numbers[name] if name in numbers else float(metrics[name]) for name in metrics}
+    """Sums over processes, the greatest for names in `_max`."""
+    greatest = [name for name in metrics if name.endswith("_max")]
+    sums = [name for name in metrics if name not in greatest]
+    numbers: Metrics = {}
+    for names, reduce in ((sums, strategy.sum), (greatest, strategy.group.max)):
+        reduced = reduce(torch.stack([metrics[name].double().cpu() for name in names]))
+        numbers |= dict(zip(names, reduced.tolist(), strict=True))
+    return {name: numbers[name] for name in metrics}
 
 
 def split_rows(num_rows: int, micro_batch_size: int | None) -> list[slice]:
@@ -134,9 +142,41 @@ def split_preferences(batch: PreferenceBatch, micro_batch_size: int | None) -> l
                 chosen=places[: len(chosen)],
                 rejected=places[len(chosen) :],
                 margin=batch.margin[rows],
+                counted=batch.counted[rows],
             )
         )
     return parts
+
+
+def share_experience(experience: Experience, share: Share) -> Experience:
+    """One process's rows of an experience; in rows that only fill up no action counts."""
+    if share.rows == list(range(len(experience))):
+        return experience
+    own = experience.map(lambda tensor: tensor[share.rows])
+    own.action_mask[share.num_real :] = 0
+    return own
+
+
+def share_tokens(batch: TokenBatch, share: Share) -> TokenBatch:
+    """One process's rows to imitate; in rows that only fill up no token counts."""
+    if share.rows == list(range(len(batch))):
+        return batch
+    loss_mask = batch.loss_mask[share.rows]
+    loss_mask[share.num_real :] = 0
+    return TokenBatch(batch.token_ids[share.rows], batch.attention_mask[share.rows], loss_mask)
+
+
+def share_preferences(batch: PreferenceBatch, share: Share) -> PreferenceBatch:
+    """One process's comparisons with the texts they need; those that only fill up do not count."""
+    if share.rows == list(range(len(batch))):
+        return batch
+    counted = batch.counted[share.rows]
+    counted[share.num_real :] = False
+    rows = replace(
+        batch, chosen=batch.chosen[share.rows], rejected=batch.rejected[share.rows], margin=batch.margin[share.rows],
+        counted=counted,
+    )  # fmt: skip
+    return split_preferences(rows, None)[0]
 
 
 def cosine(optimizer: Optimizer, num_steps: int, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:

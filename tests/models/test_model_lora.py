@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from prefero.models.base import Actor, Critic, RewardModel
-from prefero.models.lora import apply_lora, lora_layers, merged_state_dict
+from prefero.models.lora import apply_lora, lora_layers, merged
 from prefero.models.trunk import freeze
 from tests.models.families import FAMILIES, Family, loud, stir_adapters, tokens
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -60,7 +60,7 @@ def test_a_reference_that_would_be_wrong_is_refused() -> None:
 def test_merged_weights_are_the_adapted_model_and_the_adapters_live_on(family: Family, bias: str) -> None:
     adapted = stir_adapters(loud(family.actor(config=family.config(), lora_rank=2, lora_train_bias=bias)))
     before, weights = adapted(tokens(), 5).detach(), {n: p.clone() for n, p in adapted.named_parameters()}
-    state = adapted.checkpoint_state()
+    state = adapted.to_checkpoint(adapted.state_dict())
     assert all(torch.equal(p, weights[n]) for n, p in adapted.named_parameters())
     plain = family.actor(config=family.config())
     plain.model.load_state_dict(state)
@@ -105,7 +105,7 @@ def test_export_in_bf16_is_read_back_in_bf16(tmp_path: Path) -> None:
     actor.save_pretrained(tmp_path, dtype="bf16")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
-    state = merged_state_dict(actor.model, torch.bfloat16)
+    state = merged(actor.model, actor.model.state_dict(), torch.bfloat16)
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     assert actor.model.dtype == torch.float32
 
@@ -125,7 +125,7 @@ def test_heads_learn_fully_beside_adapters_and_states_merge(kind: type[Critic] |
     model = stir_adapters(loud(kind(tiny_llama(), lora_rank=2)))
     assert all(p.requires_grad for p in model.value_head.parameters())
     plain = kind(tiny_llama())
-    plain.load_checkpoint_state(model.checkpoint_state())
+    plain.load_state_dict(plain.from_checkpoint(plain.state_dict(), model.to_checkpoint(model.state_dict())))
     arguments = (tokens(), 4) if kind is Critic else (tokens(),)
     torch.testing.assert_close(plain(*arguments), model(*arguments), atol=1e-5, rtol=1e-5)
 

@@ -301,6 +301,9 @@ def interrupted(how: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]
 
 
 def stop(process: "subprocess.Popen[str]") -> None:
+    """Ctrl-C, and once more because the reward that is being waited for never ends."""
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
 
 

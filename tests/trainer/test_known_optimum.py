@@ -146,8 +146,8 @@ def test_a_reward_model_reaches_the_bayes_accuracy() -> None:
         made = []
         for start in rows[::size]:
             ids = torch.cat([chosen[start : start + size], rejected[start : start + size]])
-            index = torch.arange(size)
-            made.append(PreferenceBatch(ids, torch.ones_like(ids), index, index + size, torch.zeros(size)))
+            index, margin = torch.arange(size), torch.zeros(size)
+            made.append(PreferenceBatch(ids, torch.ones_like(ids), index, index + size, margin, margin == 0))
         return made
 
     model = LlamaRM(config=llama_config(6, num_hidden_layers=1, pad_token_id=None, bos_token_id=None,

@@ -54,7 +54,8 @@ def comparisons(extra: int = 0, side: str = "right") -> PreferenceBatch:
         rolled = [(row.roll(int((1 - mask).sum())), mask.flip(0)) for row, mask in zip(ids, attention, strict=True)]
         ids, attention = torch.stack([row for row, _ in rolled]), torch.stack([mask for _, mask in rolled])
     margin = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.2]).double()
-    return PreferenceBatch(ids, attention, torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 2, 2, 2, 0]), margin)
+    chosen, rejected = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 2, 2, 2, 0])
+    return PreferenceBatch(ids, attention, chosen, rejected, margin, torch.ones(5, dtype=torch.bool))
 
 
 def reward_model() -> GPTRM:

@@ -1,5 +1,12 @@
 """The strategies under the seed system's path."""
 
-from prefero.strategies import DistributedSampler, NaiveStrategy, Strategy
+from prefero.strategies import (
+    ColossalAIStrategy,
+    DDPStrategy,
+    DistributedSampler,
+    FSDPStrategy,
+    NaiveStrategy,
+    Strategy,
+)
 
-__all__ = ["DistributedSampler", "NaiveStrategy", "Strategy"]
+__all__ = ["ColossalAIStrategy", "DDPStrategy", "DistributedSampler", "FSDPStrategy", "NaiveStrategy", "Strategy"]

@@ -1,0 +1,42 @@
+"""Faults on purpose: what a run must survive is made to happen at a named moment, by an environment variable.
+
+`PREFERO_FAULT=kill@learn:3` sends SIGKILL to the process the third time it comes to `learn`; `term`, `stop` and `full`
+are SIGTERM, SIGSTOP and a full disk; `kill@write:1:rank1` happens in that rank alone. Nothing is done without the
+variable.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections import Counter
+
+PHASES = (
+    "load", "rollout", "score", "judge", "learn", "backward", "step", "sync", "evaluate", "export",
+    "checkpoint", "write", "manifest", "rename", "pointer", "rotate",
+)  # fmt: skip
+_SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "stop": "SIGSTOP"}
+_passed: Counter[str] = Counter()
+
+
+def fault(phase: str) -> None:
+    """Marks that a run is about to do something, and lets it fail there if that is asked for.
+
+    Raises OSError for a disk that is said to be full, and ValueError for a variable that means nothing.
+    """
+    plan = os.environ.get("PREFERO_FAULT")
+    if not plan:
+        return
+    kind, _, place = plan.partition("@")
+    where, count, *rank = place.split(":")
+    if where not in PHASES or kind not in (*_SIGNALS, "full") or not count.isdigit():
+        raise ValueError(f"PREFERO_FAULT={plan!r} means nothing: write kill@learn:3, with one of {', '.join(PHASES)}")
+    if phase != where or (rank and rank[0] != f"rank{os.environ.get('RANK', '0')}"):
+        return
+    _passed[phase] += 1
+    if _passed[phase] != int(count):
+        return
+    if kind == "full":
+        raise OSError(errno.ENOSPC, "No space left on device (a fault on purpose)")
+    os.kill(os.getpid(), getattr(signal, _SIGNALS[kind]))

@@ -1,0 +1,84 @@
+"""The whole model in every process, gradients averaged while backward runs: torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.optim import Optimizer
+
+from prefero.strategies.base import Precision, Strategy
+from prefero.strategies.group import join
+from prefero.strategies.scaling import LossScale
+
+
+class DDPStrategy(Strategy):
+    """A copy of every model in each process of a torchrun launch; without torchrun, one process.
+
+    seed: given to Python, numpy and torch alike in every process. bucket_mb: gradients are averaged in parts of that
+    size (MB), each as soon as it is complete. timeout: seconds a process waits for the others before it gives up. The
+    rest: see `Strategy`. Models that learn nothing are only placed. Every process starts from rank 0's weights.
+    """
+
+    def __init__(
+        self,
+        seed: int = 42,
+        precision: Precision = "fp32",
+        max_norm: float = 0.0,
+        norm_type: float = 2.0,
+        loss_scale: LossScale | None = None,
+        bucket_mb: float = 25.0,
+        timeout: float = 600.0,
+    ) -> None:
+        self.seed = seed
+        self.bucket_mb = bucket_mb
+        self.timeout = timeout
+        super().__init__(precision, max_norm, norm_type, loss_scale)
+        self.set_seed(seed)
+
+    def setup_distributed(self) -> None:
+        """Joins torchrun's process group."""
+        self.group = join(self.timeout)
+        self.device = self.group.device
+
+    def set_seed(self, seed: int) -> None:
+        """The same seed for Python, numpy and torch."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def setup_model(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        self.group.broadcast([*model.parameters(), *model.buffers()])
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            self._replicate(model)
+        return model
+
+    def _replicate(self, model: nn.Module) -> None:
+        if self.group.world_size == 1 or hasattr(model, "set_requires_gradient_sync"):
+            return
+        options: dict[str, Any] = {"device_id": self.device} if self.device.type == "cuda" else {}
+        replicate(
+            model,
+            bucket_cap_mb=self.bucket_mb,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+            **options,
+        )
+
+    def setup_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        return optimizer
+
+    @contextmanager
+    def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Processes exchange gradients in the last one only."""
+        synchronise: Any = getattr(model, "set_requires_gradient_sync", None)
+        if synchronise is not None:
+            synchronise(last)
+        yield

@@ -1,0 +1,121 @@
+"""What a trainer must remember to go on as if it had never stopped: plain values and tensors, by name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prefero.strategies.base import Strategy
+from prefero.strategies.checkpoint import Checkpoint
+
+
+@dataclass
+class Snapshot:
+    """Named tensors (whole or sharded) and plain JSON values; what a checkpoint holds."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Saved:
+    """A snapshot as it comes back; `tensor` may be told what the tensor must be laid out like."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.values = checkpoint.state
+        self.names = frozenset(checkpoint.names())
+        self.tensor = checkpoint.tensor
+
+
+def keep_model(snapshot: Snapshot, name: str, model: nn.Module) -> None:
+    """Its own parameters and buffers, adapters apart."""
+    snapshot.tensors |= {f"{name}/{key}": tensor for key, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def restore_model(saved: Saved, name: str, model: nn.Module) -> None:
+    """What `keep_model` kept, into the live parameters."""
+    for key, tensor in model.state_dict().items():
+        tensor.copy_(saved.tensor(f"{name}/{key}", like=tensor))
+
+
+def keep_optimizer(snapshot: Snapshot, name: str, optimizer: Optimizer, model: nn.Module) -> None:
+    """Its states under the names of the model's parameters, and its groups' numbers."""
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    for parameter, key in _held(optimizer, names):
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            snapshot.tensors[f"{name}/{key}/{kind}"] = torch.as_tensor(value)
+    snapshot.values[name] = {
+        "kinds": sorted({kind for state in optimizer.state.values() for kind in state}),
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+    }
+
+
+@torch.no_grad()
+def restore_optimizer(saved: Saved, name: str, optimizer: Optimizer, model: nn.Module) -> None:
+    """What `keep_optimizer` kept. Raises ValueError when the optimizer has other groups."""
+    kept = saved.values[name]
+    if len(kept["groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint's {name} has {len(kept['groups'])} groups, this one {len(optimizer.param_groups)}"
+        )
+    for group, numbers in zip(optimizer.param_groups, kept["groups"], strict=True):
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    for parameter, key in _held(optimizer, names):
+        state: dict[str, Any] = {}
+        for kind in kept["kinds"]:
+            place = f"{name}/{key}/{kind}"
+            if place in saved.names:  # a parameter that never had a gradient has no state
+                scalar = kind == "step"
+                tensor = saved.tensor(place, like=None if scalar else parameter)
+                state[kind] = tensor if scalar else tensor.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _held(optimizer: Optimizer, names: Mapping[int, str]) -> Iterator[tuple[Tensor, str]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, names[id(parameter)]
+
+
+def keep_strategy(snapshot: Snapshot, strategy: Strategy) -> None:
+    """Where every process's random numbers stand (Python's, numpy's, torch's), and the loss scale."""
+    version, numbers, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    own = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [algorithm, [int(key) for key in np.asarray(keys)], position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    if strategy.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(strategy.device).tolist()
+    snapshot.values["strategy"] = {
+        "random": strategy.group.gather_json([own]),
+        "skipped_steps": strategy.skipped_steps,
+        "loss_scale": None if strategy.loss_scale is None else strategy.loss_scale.state_dict(),
+    }
+
+
+def restore_strategy(saved: Saved, strategy: Strategy) -> None:
+    """What `keep_strategy` kept; a process that was not there then takes one of the others'."""
+    values = saved.values["strategy"]
+    strategy.skipped_steps = values["skipped_steps"]
+    if strategy.loss_scale is not None and values["loss_scale"] is not None:
+        strategy.loss_scale.load_state_dict(values["loss_scale"])
+    everyone = values["random"]
+    own = everyone[strategy.group.rank % len(everyone)]
+    version, numbers, gauss = own["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    algorithm, keys, position, has_gauss, cached = own["numpy"]
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(torch.tensor(own["torch"], dtype=torch.uint8))
+    if "cuda" in own and strategy.device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8), strategy.device)

@@ -1,0 +1,162 @@
+"""A run that was stopped or killed anywhere, and resumed, is to the last bit the run that was left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_pipeline import write_own_data
+
+from prefero.cli import main
+from prefero.recipes.keeper import STOPPED
+
+CONFIG = """
+data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
+model: {path: base}
+strategy: {precision: fp32, threads: 1}
+checkpoint: {every: 1, minutes: 0}
+sft: {steps: 3, batch_size: 8}
+reward: {steps: 3, batch_size: 8, dropout: true}
+ppo:
+  steps: 3
+  prompts_per_step: 6
+  train_batch_size: 4
+  max_epochs: 2
+  max_new_tokens: 6
+  eval_every: 2
+  kl_target: 0.5
+  kl_horizon: 50
+  learning_rate: 1e-3
+evaluate: {num_prompts: 4, num_samples: 2, best_of: 2}
+"""
+FILES = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "checkpoints/ppo/metrics.jsonl",
+         "checkpoints/ppo/samples.jsonl", "checkpoints/reward/model/model.safetensors")  # fmt: skip
+
+
+class Project(NamedTuple):
+    """A user's folder, and the process that runs commands in it."""
+
+    folder: Path
+    zygote: subprocess.Popen[str]
+
+    def run(self, out: str, fault: str = "") -> int:
+        """Begins the pipeline or goes on with it, let fail where `fault` says; its exit status."""
+        began = (self.folder / out).exists()
+        arguments = ["resume", out] if began else ["pipeline", "own.yaml", "--out", out]
+        errors = self.folder / "errors.txt"
+        request = {"arguments": arguments, "folder": str(self.folder), "environment": {"PREFERO_FAULT": fault},
+                   "errors": str(errors)}  # fmt: skip
+        assert self.zygote.stdin is not None
+        assert self.zygote.stdout is not None
+        self.zygote.stdin.write(json.dumps(request) + "\n")
+        self.zygote.stdin.flush()
+        status = int(self.zygote.stdout.readline())
+        assert "Traceback" not in errors.read_text(), errors.read_text()
+        return status
+
+    def differing(self, out: str) -> list[str]:
+        """The files that are not to the last byte those of the run that was left alone."""
+        alone, other = self.folder / "left-alone", self.folder / out
+        return [name for name in FILES if (other / name).read_bytes() != (alone / name).read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A user's project and the run that was left alone."""
+    folder = tmp_path_factory.mktemp("project")
+    write_own_data(folder, folder / "base")
+    (folder / "own.yaml").write_text(CONFIG)
+    zygote = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    made = Project(folder, zygote)
+    assert made.run("left-alone") == 0
+    yield made
+    zygote.kill()
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("kill@backward:2", -signal.SIGKILL),  # supervised
+        ("term@backward:5", STOPPED),  # the reward model, with dropout
+        ("kill@rollout:4", -signal.SIGKILL),
+        ("kill@learn:5", -signal.SIGKILL),  # inside a PPO epoch
+        ("term@learn:2", STOPPED),
+        ("term@learn:7", STOPPED),
+        ("kill@manifest:9", -signal.SIGKILL),
+        ("kill@pointer:11", -signal.SIGKILL),
+    ],
+)
+def test_stopped_and_resumed_is_left_alone(project: Project, fault: str, status: int) -> None:
+    out = fault.replace("@", "-").replace(":", "-")
+    assert project.run(out, fault) == status
+    assert project.run(out) == 0
+    assert project.differing(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 13))
+@pytest.mark.parametrize("kind", ["kill", "term"])
+def test_at_every_step_of_ppo(project: Project, kind: str, step: int) -> None:
+    out = f"{kind}-at-{step}"
+    assert project.run(out, f"{kind}@learn:{step}") == (-signal.SIGKILL if kind == "kill" else STOPPED)
+    assert project.run(out) == 0
+    assert project.differing(out) == []
+
+
+def test_a_run_survives_many_kills(project: Project) -> None:
+    faults = ["kill@learn:2", "kill@rollout:2", "kill@judge:1", "kill@rename:1", "kill@step:3", "kill@evaluate:1"]
+    statuses = [project.run("many", fault) for fault in faults]
+    assert statuses.count(-signal.SIGKILL) >= 5
+    assert statuses[-1] == 0 or project.run("many") == 0
+    assert project.differing("many") == []
+
+
+def test_what_may_not_change_is_named(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    assert project.run("other", "term@learn:1") == STOPPED
+    assert main(["resume", "other", "--ppo.kl-horizon", "60"]) == 2
+    assert "ppo.kl_horizon (50, now 60)" in capsys.readouterr().err
+    assert main(["pipeline", "own.yaml", "--resume"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_an_error(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    assert project.run("damaged", "term@learn:6") == STOPPED
+    state = project.folder / "damaged" / "checkpoints" / "ppo" / "checkpoints" / "state"
+    newest = max(state.glob("step-*"))
+    file = next(newest.glob("part-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert project.run("damaged") == 0
+    assert project.differing("damaged") == []
+
+    assert project.run("ruined", "term@learn:6") == STOPPED
+    state = project.folder / "ruined" / "checkpoints" / "ppo" / "checkpoints" / "state"
+    for folder in state.glob("step-*"):
+        (folder / "manifest.json").write_text("{")
+    assert main(["resume", "ruined"]) == 2
+    message = capsys.readouterr().err
+    assert "holds no whole checkpoint" in message
+    assert "--overwrite" in message
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(project: Project) -> None:
+    assert project.run("full", "full@write:9") == 2
+    left = project.folder / "full" / "checkpoints"
+    assert not list(left.rglob("*.part"))
+    assert json.loads(next(left.rglob("latest.json")).read_text())
+    assert project.run("full") == 0
+    assert project.differing("full") == []

@@ -1,0 +1,135 @@
+"""What every process of a torchrun launch does for test_distributed.py; rank 0 writes what came out as JSON.
+
+python ranks.py FOLDER KIND [KIND ...]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import tiny_llama, tiny_tokenizer
+
+from prefero.models.base import Actor, Critic, RewardModel
+from prefero.optimizer import HybridAdam
+from prefero.rollout.engine import SamplingParams
+from prefero.rollout.hf import HFEngine
+from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
+from prefero.strategies.checkpoint import Checkpoint, Checkpoints
+from prefero.types import Prompt
+
+KINDS: dict[str, Callable[[], Strategy]] = {
+    "naive": lambda: NaiveStrategy("cpu"),
+    "ddp": DDPStrategy,
+    "zero1": lambda: FSDPStrategy(1),
+    "zero2": lambda: FSDPStrategy(2),
+    "zero3": lambda: FSDPStrategy(3),
+    "bf16": lambda: FSDPStrategy(3, precision="bf16"),
+    "fp16": lambda: FSDPStrategy(3, precision="fp16"),
+}
+
+
+def train(strategy: Strategy, lora_rank: int, steps: int, micro_batches: int = 2) -> tuple[Actor, Any, list[float]]:
+    """A few steps on one global batch of eight rows, shared out; the optimizer is built before `prepare`."""
+    torch.manual_seed(strategy.group.rank)  # prepare must make the processes start alike
+    actor = Actor(tiny_llama(), lora_rank)
+    optimizer = HybridAdam((p for p in actor.parameters() if p.requires_grad), lr=1e-3)
+    if strategy.group.rank:
+        for parameter in actor.parameters():
+            parameter.data.add_(1.0)
+    actor, optimizer = strategy.prepare((actor, optimizer))
+    ids = torch.randint(0, actor.model.config.vocab_size, (8, 10), generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor(strategy.group.share(8).rows)
+    norms = []
+    for _ in range(steps):
+        parts = rows.tensor_split(micro_batches)
+        for index, part in enumerate(parts):
+            with strategy.micro_batch(actor, last=index == len(parts) - 1):
+                with strategy.autocast():
+                    loss = -actor(ids[part], 5).sum() / 40
+                strategy.backward(loss, actor, optimizer)
+        norms.append(strategy.optimizer_step(optimizer, max_norm=1.0))
+    return actor, optimizer, norms
+
+
+def generate(strategy: Strategy, actor: Actor) -> list[list[int]]:
+    """Samples of different lengths on every process, so that they stop at different times."""
+    engine = HFEngine(actor, tiny_tokenizer(), eos_token_ids=[2])
+    prompts = [Prompt(f"p{i}", tuple(range(3, 5 + i)), "") for i in range(5)]
+    mine = [prompts[row] for row in strategy.group.share(5).rows]
+    with strategy.whole(actor), strategy.autocast():
+        done = engine.generate(mine, SamplingParams(max_new_tokens=8, seed=7))
+    return strategy.group.gather_json([list(c.token_ids) for c in done][: strategy.group.share(5).num_real])
+
+
+def main(kind: str, folder: Path) -> None:
+    """Everything of one kind of strategy."""
+    torch.set_num_threads(1)
+    strategy = KINDS[kind]()
+    group, out = strategy.group, {}
+    out["norms"], out["lora norms"] = {}, {}
+    for name, rank in (("norms", 0), ("lora norms", 4)):
+        fresh, _, out[name] = train(strategy, rank, 3)
+    actor, optimizer, _ = train(strategy, 0, 3)
+    out["samples"] = generate(strategy, actor)
+    size = group.world_size
+    weights = folder / f"{kind}-{size}.safetensors"
+    strategy.save_model(actor, weights, only_rank0=True)
+    strategy.save_model(fresh, folder / f"{kind}-{size}-lora.safetensors", only_rank0=True)
+    strategy.save_optimizer(optimizer, folder / f"{kind}-{size}-optimizer.pt")
+
+    # What was saved comes back: two more steps from it are two more steps without the detour.
+    again, its_optimizer, _ = train(strategy, 0, 0)
+    strategy.load_model(again, weights)
+    strategy.load_optimizer(its_optimizer, folder / f"{kind}-{size}-optimizer.pt")
+    out["same after loading"] = all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(strategy.whole_state(again).values(), strategy.whole_state(actor).values(), strict=True)
+    )
+    exported = folder / f"{kind}-{size}-export"
+    state = strategy.whole_state(actor, only_rank0=True)
+    if strategy.is_rank_0:
+        actor.save_pretrained(exported, tiny_tokenizer(), state=state)
+
+    # A checkpoint of a run, and one by another number of processes if it is there.
+    checkpoints = Checkpoints(folder / f"{kind}-{size}-state", group)
+    checkpoints.save(1, {f"m/{name}": tensor for name, tensor in actor.state_dict().items()}, {"hello": [1, 2]})
+    checkpoints.wait()
+    errors = {}
+    for other in sorted(folder.glob("*-state")):
+        found = Checkpoint(other / "step-00000001")
+        for name, tensor in again.state_dict().items():
+            tensor.copy_(found.tensor(f"m/{name}", like=tensor))
+        strategy.save_model(again, folder / f"{kind}-{size}-from-{other.name}.safetensors", only_rank0=True)
+
+    for name, act in {
+        "only rank 0": lambda: strategy.save_optimizer(optimizer, folder / "x.pt", only_rank0=True),
+        "other world": lambda: strategy.load_optimizer(its_optimizer, folder / "zero3-2-optimizer.pt"),
+        "foreign optimizer": lambda: strategy.prepare((Actor(tiny_llama()), HybridAdam(tiny_llama().parameters()))),
+    }.items():
+        try:
+            act()
+        except ValueError as error:
+            errors[name] = str(error)
+    out["errors"] = errors
+
+    # Critic and reward model, frozen and trained, prepared alone.
+    critic, reward = Critic(tiny_llama()), RewardModel(tiny_llama()).requires_grad_(False)
+    strategy.prepare(critic, reward)
+    ids = torch.arange(40).reshape(4, 10) % 7
+    with torch.no_grad():
+        out["judged"] = [float(critic(ids, 3).sum()), len(reward(ids))]
+    out["shares"] = group.gather_json([[n, vars(group.share(n))["rows"], group.share(n).num_real] for n in (1, 5, 8)])
+    out["gathered"] = group.gather(torch.full((group.rank + 1, 2), float(group.rank))).tolist()
+    out["steps skipped"] = strategy.skipped_steps
+    if strategy.is_rank_0:
+        (folder / f"{kind}-{size}.json").write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[2:]:
+        main(kind, Path(sys.argv[1]))
