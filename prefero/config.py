@@ -326,6 +326,18 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"ppo.kl_coef_min {c.ppo.kl_coef_min} is for an adaptive coefficient; set kl_target, or kl_coef_min to 0"
     if c.ppo.kl_target > 0 and c.ppo.kl_coef_min > c.ppo.kl_coef:
         yield f"ppo.kl_coef_min {c.ppo.kl_coef_min} is above the starting ppo.kl_coef {c.ppo.kl_coef}; lower it"
+    s, default = c.strategy, StrategyConfig()
+    for key, kinds in (
+        ("stage", ("fsdp",)),
+        ("offload", ("fsdp",)),
+        ("timeout", ("ddp", "fsdp")),
+        ("device", ("naive",)),
+    ):
+        if getattr(s, key) != getattr(default, key) and s.kind not in kinds:
+            yield (
+                f"strategy.{key} {getattr(s, key)} has no effect with strategy.kind {s.kind}; leave it out, or set "
+                f"strategy.kind to {' or '.join(kinds)}"
+            )
     if 0 < c.ppo.dual_clip <= 1:
         yield f"ppo.dual_clip {c.ppo.dual_clip} must be above 1 (3 is usual), or 0 for off"
     if c.sft.skip and c.reward.skip and c.ppo.skip:

@@ -73,18 +73,22 @@ def has_lora(module: nn.Module) -> bool:
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """The model without its adapters inside; what was trainable is trainable again after."""
+    """The model without its adapters inside. What learns does not change, not even inside: PEFT would say that nothing
+    does, which strategies that set themselves up in the first forward pass would believe."""
     layers = list(lora_layers(module))
     trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    for layer in layers:
-        layer.enable_adapters(False)
+
+    def switch(on: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(on)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+
+    switch(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
+        switch(True)
 
 
 @torch.no_grad()

@@ -48,6 +48,8 @@ def run(
     path = find_config(config)
     settings = load_config(path, overrides, section=stage)
     name = command if command == "quickstart" else f"{path.stem}-{command}"
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     if resume and not out:
         raise ConfigError("--resume needs to know which run to go on with; name its folder with --out")
     if resume:
@@ -92,8 +94,11 @@ def _run(plan: Plan) -> int:
 
 
 def _check_same(folder: Path, config: Config) -> None:
-    """A run goes on with the config it began with; only where it runs and when it is saved may differ."""
-    then, now = (flat(settings) for settings in (RunFolder.open(folder).config(), to_dict(config)))
+    """A run that has not ended goes on with the config it began with; only where and when it is saved may differ."""
+    run = RunFolder.open(folder)
+    if "seconds" in run.summary():
+        raise ConfigError(f"{folder} has ended: there is nothing to go on with")
+    then, now = (flat(settings) for settings in (run.config(), to_dict(config)))
     changed = sorted(
         key for key in then.keys() | now.keys()
         if then.get(key) != now.get(key) and not key.startswith(("strategy.", "checkpoint."))

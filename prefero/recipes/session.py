@@ -41,13 +41,15 @@ from prefero.tracking.run_folder import RunFolder
 from prefero.tracking.text import for_terminal
 
 BatchT = TypeVar("BatchT")
+_STATE = Path("checkpoints") / "state"
 
 
 @dataclass(frozen=True)
 class Session:
     """One run (or stage of one) being made.
 
-    logs: the files its numbers go to, in rank 0; its own first, then the whole run's. keeper: its checkpoints.
+    logs: the files its numbers go to, in rank 0; its own first, then the whole run's. stop: whether it was asked to
+    end. command: what makes it, "pipeline" or a stage. resume: it goes on with what lies in its folder.
     """
 
     config: Config
@@ -70,8 +72,14 @@ class Session:
     def stage(self, name: str) -> Iterator[Session]:
         """A run folder of its own below checkpoints/, its numbers also going into this run's logs."""
         folder = self.run.checkpoints / name
+        # What a stage draws does not hang on those before it, which a resumed run does not make again.
+        seed_everything(self.config.seed)
         with ExitStack() as stack:
-            run, logs = _open_folder(stack, self.strategy, folder, self.config, name, resume=self.resume)
+            # Without a first checkpoint nothing was done yet, and the folder may be half made.
+            begun = (folder / _STATE).is_dir()
+            run, logs = _open_folder(
+                stack, self.strategy, folder, self.config, name, resume=self.resume and begun, overwrite=self.resume
+            )
             tracker = Trackers([*logs, self.tracker])
             yield replace(self, run=run, tracker=tracker, logs=(*logs, *self.logs), command=name,
                           started=time.monotonic())  # fmt: skip
@@ -79,16 +87,16 @@ class Session:
 
     def done(self, name: str) -> dict[str, Any] | None:
         """The summary of a stage that has ended already, where the run is being resumed."""
-        folder = self.run.checkpoints / name
-        if not self.resume or not folder.is_dir():
+        folder = RunFolder(self.run.checkpoints / name)
+        if not self.resume or not folder.summary_file.is_file():
             return None
-        summary = RunFolder.open(folder).summary()
+        summary = folder.summary()
         return summary if "seconds" in summary else None
 
     def keeper(self) -> Keeper:
         """The checkpoints of this stage: begun, or found where the run is being resumed."""
         settings = self.config.checkpoint
-        checkpoints = Checkpoints(self.run.checkpoints / "state", self.strategy.group, settings.keep)
+        checkpoints = Checkpoints(self.run.path / _STATE, self.strategy.group, settings.keep)
         keeper = Keeper(checkpoints, self.strategy, self.logs, settings, self.stop, self.say)
         if not (self.resume and keeper.find()):
             keeper.begin()
@@ -165,7 +173,7 @@ def _open_folder(
     if not strategy.is_rank_0:
         strategy.group.wait()
         return RunFolder(folder), ()
-    if resume and folder.is_dir():
+    if resume:
         run = RunFolder.open(folder, writing=True)
     else:
         run = RunFolder.create(folder, to_dict(config), overwrite=overwrite)
@@ -195,8 +203,6 @@ def make_strategy(config: Config) -> Strategy:
     common: dict[str, Any] = {"precision": s.precision, "max_norm": s.max_grad_norm}
     if s.kind == "naive":
         return NaiveStrategy(s.device or None, **common)
-    if s.device and s.device not in ("cpu", "cuda"):
-        raise ConfigError(f"strategy.device is {s.device!r}: ddp and fsdp take each process's own GPU, or cpu")
     if s.kind == "ddp":
         return DDPStrategy(config.seed, **common, timeout=s.timeout)
     return FSDPStrategy(s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout)

@@ -127,16 +127,19 @@ class Checkpoints:
         part = final.with_name(f".{final.name}.part")
         file = part / f"part-{rank}-of-{size}.safetensors"
         problem = ""
-        try:
-            if rank == 0:
+        if rank == 0:
+            try:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(mode=0o700, parents=True)
-            self.group.wait()
+            except OSError as error:
+                problem = _told(error)
+        self.group.wait()
+        try:
             fault("write")
             save_file({name: piece.tensor for name, piece in pieces.items()}, file, metadata={"format": "pt"})
             _sync(file)
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (OSError, SafetensorError) as error:
+            problem = problem or _told(error)
         # Every process learns of every other's trouble, and all of them give up together.
         where = {name: [list(p.shape), p.start, p.length] for name, p in pieces.items()}
         reports = self.group.gather_json([[file.name, problem, where]])
@@ -144,8 +147,8 @@ class Checkpoints:
         if not troubles and rank == 0:
             try:
                 self._commit(part, final, _index(reports), state)
-            except OSError as error:
-                troubles = [f"{type(error).__name__}: {error}"]
+            except (OSError, DamagedCheckpointError) as error:
+                troubles = [_told(error)]
         told = self.group.gather_json([troubles])[0]
         if told:
             if rank == 0:
@@ -251,6 +254,10 @@ class Checkpoint:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 return tensors.get_slice(name)[0:0]  # type: ignore[no-any-return]
         return torch.cat(found)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _index(reports: list[Any]) -> str:

@@ -81,4 +81,11 @@ class DDPStrategy(Strategy):
         synchronise: Any = getattr(model, "set_requires_gradient_sync", None)
         if synchronise is not None:
             synchronise(last)
+        elif self.group.world_size > 1:
+            raise ValueError(unprepared(model))
         yield
+
+
+def unprepared(model: nn.Module) -> str:
+    """Why a model that `prepare` never saw must not be trained: every process would learn by itself."""
+    return f"the {type(model).__name__} was not prepared: pass it through strategy.prepare(...) before it is trained"

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from prefero.strategies import files
 from prefero.strategies.base import HALF, Precision, first_lines
-from prefero.strategies.ddp import DDPStrategy
+from prefero.strategies.ddp import DDPStrategy, unprepared
 from prefero.strategies.scaling import LossScale
 
 Stage = Literal[1, 2, 3]
@@ -119,7 +119,8 @@ class FSDPStrategy(DDPStrategy):
     @contextmanager
     def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
         """At stage 1 gradients are shared out after the last one only."""
-        assert isinstance(model, FSDPModule)
+        if not isinstance(model, FSDPModule):
+            raise ValueError(unprepared(model))
         model.set_requires_gradient_sync(last or self.stage > 1)
         model.set_is_last_backward(last)
         yield

@@ -111,7 +111,7 @@ class Group:
         joined: list[Any] = []
         start = 0
         for count in self.counts(len(text)):
-            joined += json.loads(bytes(data[start : start + count].tolist()))
+            joined += json.loads(data[start : start + count].numpy().tobytes())
             start += count
         return joined
 

@@ -18,16 +18,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
-from prefero.trainer.state import (
-    Saved,
-    Snapshot,
-    keep_model,
-    keep_optimizer,
-    keep_strategy,
-    restore_model,
-    restore_optimizer,
-    restore_strategy,
-)
+from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, cosine, update
 from prefero.types import Metrics, PreferenceBatch, TokenBatch
 
@@ -84,6 +75,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         self.num_steps = self.epoch = 0
         self.last_metrics: Metrics = {}
         self.last_evaluation: Metrics = {}
+        self._restored = False
         self.after_step: Callable[[], None] = lambda: None
         """Called after every optimiser step, when all about it is known and logged."""
 
@@ -156,6 +148,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         with Progress(self.learner.role, total, enabled=shown and self.tracker is None) as progress:
             while self.epoch < self.max_epochs:
                 self._start_epoch(self.epoch)
+                before = self.num_steps
                 for batch in self.train_batches:
                     self.last_metrics = self.training_step(batch)
                     if self.tracker is not None and self.num_steps % log_interval == 0:
@@ -165,16 +158,16 @@ class OfflineTrainer(ABC, Generic[BatchT]):
                     if self.eval_interval is not None and self.num_steps % self.eval_interval == 0:
                         self.last_evaluation = self._evaluate_all()
                     self.after_step()
-                if not self.num_steps:
+                if self.num_steps == before and not self._restored:
                     raise ValueError("the training data is empty: there is nothing to learn from")
                 self.last_evaluation = self._evaluate_all()
                 self.epoch += 1
+                self._restored = False  # only the epoch taken up may have nothing left
         return {**self._named(self.last_metrics), **self.last_evaluation}
 
     def keep(self, snapshot: Snapshot) -> None:
         """Puts everything that training changes into a snapshot; the batches too, where they know where they stand."""
-        keep_model(snapshot, self.learner.role, self.model)
-        keep_optimizer(snapshot, f"{self.learner.role}_optimizer", self.learner.optimizer, self.model)
+        keep_learner(snapshot, self.learner.role, self.model, self.learner.optimizer)
         snapshot.values["offline"] = {
             "num_steps": self.num_steps,
             "epoch": self.epoch,
@@ -191,14 +184,14 @@ class OfflineTrainer(ABC, Generic[BatchT]):
             raise ValueError(
                 "these batches cannot be taken up where they were left: give them state_dict and load_state_dict"
             )
-        restore_model(saved, self.learner.role, self.model)
-        restore_optimizer(saved, f"{self.learner.role}_optimizer", self.learner.optimizer, self.model)
+        restore_learner(saved, self.learner.role, self.model, self.learner.optimizer)
         values = saved.values["offline"]
         self.num_steps, self.epoch = values["num_steps"], values["epoch"]
         self.last_metrics, self.last_evaluation = values["metrics"], values["evaluation"]
         if self.scheduler is not None:
             self.scheduler.load_state_dict(values["scheduler"])
         self.train_batches.load_state_dict(values["batches"])
+        self._restored = True
         restore_strategy(saved, self.strategy)
 
     def _start_epoch(self, epoch: int) -> None:

@@ -21,16 +21,7 @@ from prefero.strategies.group import Group
 from prefero.trainer.base import Trainer
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
-from prefero.trainer.state import (
-    Saved,
-    Snapshot,
-    keep_model,
-    keep_optimizer,
-    keep_strategy,
-    restore_model,
-    restore_optimizer,
-    restore_strategy,
-)
+from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, share_experience, split_experience, update
 from prefero.types import Experience, Metrics, ScoredRollout
 
@@ -147,8 +138,7 @@ class PPOTrainer(Trainer):
         """Puts everything that training changes into a snapshot."""
         super().keep(snapshot)
         for learner in self.learners:
-            keep_model(snapshot, learner.role, learner.model)
-            keep_optimizer(snapshot, f"{learner.role}_optimizer", learner.optimizer, learner.model)
+            keep_learner(snapshot, learner.role, learner.model, learner.optimizer)
         maker = self.experience_maker
         snapshot.values["ppo"] = {
             "kl_coef": self.algorithm.kl_coef,
@@ -161,8 +151,7 @@ class PPOTrainer(Trainer):
         """Goes on from what `keep` kept."""
         super().restore(saved)
         for learner in self.learners:
-            restore_model(saved, learner.role, learner.model)
-            restore_optimizer(saved, f"{learner.role}_optimizer", learner.optimizer, learner.model)
+            restore_learner(saved, learner.role, learner.model, learner.optimizer)
         values = saved.values["ppo"]
         self.algorithm.restore_kl(values["kl_coef"])
         for scheduler, state in zip(self.schedulers, values["schedulers"], strict=True):

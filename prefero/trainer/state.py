@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,45 +33,35 @@ class Saved:
         self.tensor = checkpoint.tensor
 
 
-def keep_model(snapshot: Snapshot, name: str, model: nn.Module) -> None:
-    """Its own parameters and buffers, adapters apart."""
+def keep_learner(snapshot: Snapshot, name: str, model: nn.Module, optimizer: Optimizer) -> None:
+    """A model's own parameters and buffers (adapters apart), and its optimizer's states under the same names."""
     snapshot.tensors |= {f"{name}/{key}": tensor for key, tensor in model.state_dict().items()}
-
-
-@torch.no_grad()
-def restore_model(saved: Saved, name: str, model: nn.Module) -> None:
-    """What `keep_model` kept, into the live parameters."""
-    for key, tensor in model.state_dict().items():
-        tensor.copy_(saved.tensor(f"{name}/{key}", like=tensor))
-
-
-def keep_optimizer(snapshot: Snapshot, name: str, optimizer: Optimizer, model: nn.Module) -> None:
-    """Its states under the names of the model's parameters, and its groups' numbers."""
-    names = {id(parameter): key for key, parameter in model.named_parameters()}
-    for parameter, key in _held(optimizer, names):
+    for parameter, key in _held(optimizer, model):
         for kind, value in optimizer.state.get(parameter, {}).items():
-            snapshot.tensors[f"{name}/{key}/{kind}"] = torch.as_tensor(value)
-    snapshot.values[name] = {
+            snapshot.tensors[f"{name}_optimizer/{key}/{kind}"] = torch.as_tensor(value)
+    snapshot.values[f"{name}_optimizer"] = {
         "kinds": sorted({kind for state in optimizer.state.values() for kind in state}),
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
     }
 
 
 @torch.no_grad()
-def restore_optimizer(saved: Saved, name: str, optimizer: Optimizer, model: nn.Module) -> None:
-    """What `keep_optimizer` kept. Raises ValueError when the optimizer has other groups."""
-    kept = saved.values[name]
+def restore_learner(saved: Saved, name: str, model: nn.Module, optimizer: Optimizer) -> None:
+    """What `keep_learner` kept, into the live ones. Raises ValueError when the optimizer has other groups."""
+    for key, tensor in model.state_dict().items():
+        tensor.copy_(saved.tensor(f"{name}/{key}", like=tensor))
+    kept = saved.values[f"{name}_optimizer"]
     if len(kept["groups"]) != len(optimizer.param_groups):
         raise ValueError(
-            f"the checkpoint's {name} has {len(kept['groups'])} groups, this one {len(optimizer.param_groups)}"
+            f"the checkpoint's {name} has {len(kept['groups'])} groups of weights, this run's has "
+            f"{len(optimizer.param_groups)}: resume with the config it was begun with"
         )
     for group, numbers in zip(optimizer.param_groups, kept["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
-    names = {id(parameter): key for key, parameter in model.named_parameters()}
-    for parameter, key in _held(optimizer, names):
+    for parameter, key in _held(optimizer, model):
         state: dict[str, Any] = {}
         for kind in kept["kinds"]:
-            place = f"{name}/{key}/{kind}"
+            place = f"{name}_optimizer/{key}/{kind}"
             if place in saved.names:  # a parameter that never had a gradient has no state
                 scalar = kind == "step"
                 tensor = saved.tensor(place, like=None if scalar else parameter)
@@ -80,7 +70,9 @@ def restore_optimizer(saved: Saved, name: str, optimizer: Optimizer, model: nn.M
             optimizer.state[parameter] = state
 
 
-def _held(optimizer: Optimizer, names: Mapping[int, str]) -> Iterator[tuple[Tensor, str]]:
+def _held(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """The parameters an optimizer steps, with their names in the model."""
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield parameter, names[id(parameter)]

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_llama, tiny_tokenizer
 
 from prefero.models.base import Actor, Critic, RewardModel
+from prefero.models.lora import adapters_disabled
 from prefero.optimizer import HybridAdam
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
@@ -44,6 +45,9 @@ def train(strategy: Strategy, lora_rank: int, steps: int, micro_batches: int = 2
     actor, optimizer = strategy.prepare((actor, optimizer))
     ids = torch.randint(0, actor.model.config.vocab_size, (8, 10), generator=torch.Generator().manual_seed(1))
     rows = torch.tensor(strategy.group.share(8).rows)
+    if lora_rank:  # the very first forward pass is the reference's, as in a PPO run that starts with an examination
+        with torch.no_grad(), adapters_disabled(actor):
+            actor(ids[rows], 5)
     norms = []
     for _ in range(steps):
         parts = rows.tensor_split(micro_batches)
