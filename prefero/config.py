@@ -109,6 +109,12 @@ class StrategyConfig:
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 leaves them."
     )
+    max_skipped: int = Field(
+        default=5,
+        ge=1,
+        description="End the run when a loss or gradient was not finite in so many optimizer steps in a row (each is "
+        "skipped).",
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: one for tiny models, all cores otherwise.")
 
 

@@ -201,11 +201,15 @@ def make_strategy(config: Config) -> Strategy:
             "--strategy.kind fsdp or --strategy.kind ddp"
         )
     common: dict[str, Any] = {"precision": s.precision, "max_norm": s.max_grad_norm}
+    strategy: Strategy
     if s.kind == "naive":
-        return NaiveStrategy(s.device or None, **common)
-    if s.kind == "ddp":
-        return DDPStrategy(config.seed, **common, timeout=s.timeout)
-    return FSDPStrategy(s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout)
+        strategy = NaiveStrategy(s.device or None, **common)
+    elif s.kind == "ddp":
+        strategy = DDPStrategy(config.seed, **common, timeout=s.timeout)
+    else:
+        strategy = FSDPStrategy(s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout)
+    strategy.max_skipped = s.max_skipped
+    return strategy
 
 
 def set_up_machine(num_parameters: int, threads: int = 0) -> None:

@@ -43,7 +43,7 @@ class Strategy(ABC):
     precision: "fp32", "bf16" or "fp16" (autocast over float32 weights), or "auto" (bf16 where the hardware multiplies
     it natively). max_norm: gradient clipping of every step, 0 is none; norm_type: its norm. loss_scale: how fp16
     gradients are kept from vanishing. `skipped_steps` counts the optimizer steps that were not taken because a gradient
-    was not finite. Raises ValueError for an unknown precision.
+    was not finite; a trainer stops after `max_skipped` of them in a row. Raises ValueError for an unknown precision.
     """
 
     device: torch.device
@@ -59,6 +59,7 @@ class Strategy(ABC):
         if precision not in get_args(Precision):
             raise ValueError(f"precision={precision!r}: choose {', '.join(map(repr, get_args(Precision)))}")
         self.skipped_steps = 0
+        self.max_skipped = 5
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.setup_distributed()

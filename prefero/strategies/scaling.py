@@ -40,6 +40,11 @@ class LossScale:
         self.good_steps = 0
         self.patience = self.hysteresis
 
+    @property
+    def may_shrink(self) -> bool:
+        """Whether a smaller factor could still make gradients finite that were not."""
+        return self.scale > self.min_scale
+
     def update(self, finite: bool) -> None:
         """After every step: whether its gradients were finite."""
         if not finite:

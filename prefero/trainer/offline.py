@@ -167,7 +167,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
 
     def keep(self, snapshot: Snapshot) -> None:
         """Puts everything that training changes into a snapshot; the batches too, where they know where they stand."""
-        keep_learner(snapshot, self.learner.role, self.model, self.learner.optimizer)
+        keep_learner(snapshot, self.learner)
         snapshot.values["offline"] = {
             "num_steps": self.num_steps,
             "epoch": self.epoch,
@@ -184,7 +184,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
             raise ValueError(
                 "these batches cannot be taken up where they were left: give them state_dict and load_state_dict"
             )
-        restore_learner(saved, self.learner.role, self.model, self.learner.optimizer)
+        restore_learner(saved, self.learner)
         values = saved.values["offline"]
         self.num_steps, self.epoch = values["num_steps"], values["epoch"]
         self.last_metrics, self.last_evaluation = values["metrics"], values["evaluation"]

@@ -138,7 +138,7 @@ class PPOTrainer(Trainer):
         """Puts everything that training changes into a snapshot."""
         super().keep(snapshot)
         for learner in self.learners:
-            keep_learner(snapshot, learner.role, learner.model, learner.optimizer)
+            keep_learner(snapshot, learner)
         maker = self.experience_maker
         snapshot.values["ppo"] = {
             "kl_coef": self.algorithm.kl_coef,
@@ -151,7 +151,7 @@ class PPOTrainer(Trainer):
         """Goes on from what `keep` kept."""
         super().restore(saved)
         for learner in self.learners:
-            restore_learner(saved, learner.role, learner.model, learner.optimizer)
+            restore_learner(saved, learner)
         values = saved.values["ppo"]
         self.algorithm.restore_kl(values["kl_coef"])
         for scheduler, state in zip(self.schedulers, values["schedulers"], strict=True):

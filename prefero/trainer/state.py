@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from prefero.strategies.base import Strategy
 from prefero.strategies.checkpoint import Checkpoint
+from prefero.trainer.update import Learner
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Saved:
         self.tensor = checkpoint.tensor
 
 
-def keep_learner(snapshot: Snapshot, name: str, model: nn.Module, optimizer: Optimizer) -> None:
+def keep_learner(snapshot: Snapshot, learner: Learner) -> None:
     """A model's own parameters and buffers (adapters apart), and its optimizer's states under the same names."""
+    name, model, optimizer = learner.role, learner.model, learner.optimizer
     snapshot.tensors |= {f"{name}/{key}": tensor for key, tensor in model.state_dict().items()}
     for parameter, key in _held(optimizer, model):
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -42,12 +44,14 @@ def keep_learner(snapshot: Snapshot, name: str, model: nn.Module, optimizer: Opt
     snapshot.values[f"{name}_optimizer"] = {
         "kinds": sorted({kind for state in optimizer.state.values() for kind in state}),
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "steps": vars(learner.steps).copy(),
     }
 
 
 @torch.no_grad()
-def restore_learner(saved: Saved, name: str, model: nn.Module, optimizer: Optimizer) -> None:
+def restore_learner(saved: Saved, learner: Learner) -> None:
     """What `keep_learner` kept, into the live ones. Raises ValueError when the optimizer has other groups."""
+    name, model, optimizer = learner.role, learner.model, learner.optimizer
     for key, tensor in model.state_dict().items():
         tensor.copy_(saved.tensor(f"{name}/{key}", like=tensor))
     kept = saved.values[f"{name}_optimizer"]
@@ -56,6 +60,7 @@ def restore_learner(saved: Saved, name: str, model: nn.Module, optimizer: Optimi
             f"the checkpoint's {name} has {len(kept['groups'])} groups of weights, this run's has "
             f"{len(optimizer.param_groups)}: resume with the config it was begun with"
         )
+    learner.steps.asked, learner.steps.skipped_in_a_row = kept["steps"]["asked"], kept["steps"]["skipped_in_a_row"]
     for group, numbers in zip(optimizer.param_groups, kept["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
     for parameter, key in _held(optimizer, model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,14 @@ from prefero.types import Experience, Loss, Metrics, PreferenceBatch, TokenBatch
 BatchT = TypeVar("BatchT")
 
 
+@dataclass
+class Steps:
+    """The optimizer steps of one learner: how many there were, and how many of the latest had to be skipped."""
+
+    asked: int = 0
+    skipped_in_a_row: int = 0
+
+
 @dataclass(frozen=True)
 class Learner:
     """A model with its optimizer, and the name its loss is reported under.
@@ -30,6 +38,7 @@ class Learner:
     name: str
     model: nn.Module
     optimizer: Optimizer
+    steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -37,6 +46,21 @@ class Learner:
             raise ValueError(
                 f"the optimizer given for the {self.role} holds no parameter of it: build it from the {self.role}'s "
                 "parameters()"
+            )
+
+    def stepped(self, norm: float, strategy: Strategy) -> None:
+        """After a step with a gradient of this norm. Raises ValueError when too many in a row were skipped."""
+        self.steps.asked += 1
+        if math.isfinite(norm):
+            self.steps.skipped_in_a_row = 0
+        elif strategy.loss_scale is None or not strategy.loss_scale.may_shrink:
+            self.steps.skipped_in_a_row += 1
+        if self.steps.skipped_in_a_row >= strategy.max_skipped:
+            first = self.steps.asked - self.steps.skipped_in_a_row + 1
+            raise ValueError(
+                f"a loss or gradient of the {self.role} was not finite in {self.steps.skipped_in_a_row} optimizer "
+                f"steps in a row, from its step {first} on (each was skipped, the weights are as they were before it): "
+                "lower the learning rate, clip gradients (max_norm) or look for broken rows in the data"
             )
 
 
@@ -51,8 +75,8 @@ def update(
     """Steps every learner once on the union of the micro-batches and returns the metrics of the whole.
 
     Learners go one after the other: all micro-batches of the first are forwarded, backwarded and stepped before the
-    second one's graphs exist. Raises ValueError for a loss that is not finite, before its
-    model has moved; a gradient that is not finite makes the strategy skip the step (`{role}/skipped_max` is 1).
+    second one's graphs exist. Where a loss or a gradient is not finite, in any process, all processes skip the step
+    (`{role}/skipped_max` is 1). Raises ValueError when nothing counts, or too many steps in a row were skipped.
     """
     total = float(strategy.sum(torch.stack([count(batch) for batch in micro_batches]).sum()))
     if total <= 0:
@@ -67,20 +91,16 @@ def update(
                 with strategy.autocast():
                     loss = next(stream)
                 assert loss.role == learner.role, f"the algorithm yields {loss.role}, the trainer steps {learner.role}"
-                if not bool(torch.isfinite(loss.value)):
-                    learner.optimizer.zero_grad()
-                    raise ValueError(
-                        f"the {learner.name} is {float(loss.value.detach())}: training cannot go on. Lower the "
-                        "learning rate, clip gradients (max_norm) or look for broken rows in the data; this model is "
-                        "as it was before the step"
-                    )
+                # A loss that is not finite makes all of the gradients so, and thereby every process skip the step.
+                value = loss.value if bool(torch.isfinite(loss.value)) else loss.value * math.nan
                 fault("backward")
-                strategy.backward(loss.value, learner.model, learner.optimizer)
+                strategy.backward(value, learner.model, learner.optimizer)
             _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
         fault("step")
         norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
         metrics[f"{learner.role}/gradient_norm_max"] = torch.tensor(norm)
         metrics[f"{learner.role}/skipped_max"] = torch.tensor(float(not math.isfinite(norm)))
+        learner.stepped(norm, strategy)
     return _reduced(strategy, metrics)
 
 
