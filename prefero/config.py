@@ -245,10 +245,11 @@ class PPOConfig:
         default=0.0, ge=0, description="Adapt kl_coef to keep this KL per completion (nats); 0: fixed."
     )
     kl_horizon: int = Field(default=10_000, ge=1, description="Completions over which an adaptive coefficient reacts.")
-    kl_coef_min: float = Field(
+    kl_budget: float = Field(
         default=0.0,
         ge=0,
-        description="An adaptive coefficient never falls below this; at kl_coef itself it only brakes.",
+        description="End the stage with the first policy whose completions are farther than this from the reference "
+        "(nats a completion); 0: after `steps`.",
     )
     gamma: float = Field(default=1.0, gt=0, le=1, description="Discount per token.")
     lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
@@ -328,10 +329,6 @@ def _contradictions(c: Config) -> Iterator[str]:
             f"ppo.kl_horizon {c.ppo.kl_horizon} is reached within one iteration of {rollouts} completions, which could "
             f"set the coefficient to 0 for good; raise it to {rollouts} or more"
         )
-    if c.ppo.kl_coef_min > 0 and c.ppo.kl_target == 0:
-        yield f"ppo.kl_coef_min {c.ppo.kl_coef_min} is for an adaptive coefficient; set kl_target, or kl_coef_min to 0"
-    if c.ppo.kl_target > 0 and c.ppo.kl_coef_min > c.ppo.kl_coef:
-        yield f"ppo.kl_coef_min {c.ppo.kl_coef_min} is above the starting ppo.kl_coef {c.ppo.kl_coef}; lower it"
     s, default = c.strategy, StrategyConfig()
     for key, kinds in (
         ("stage", ("fsdp",)),

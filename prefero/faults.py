@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections import Counter
 
 PHASES = (
@@ -18,6 +19,12 @@ PHASES = (
 )  # fmt: skip
 _SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "stop": "SIGSTOP"}
 _passed: Counter[str] = Counter()
+_marked = ["start"]
+
+
+def last_phase() -> str:
+    """What this process was last about to do, or "start"."""
+    return _marked[0]
 
 
 def fault(phase: str) -> None:
@@ -25,6 +32,8 @@ def fault(phase: str) -> None:
 
     Raises OSError for a disk that is said to be full, and ValueError for a variable that means nothing.
     """
+    if threading.current_thread() is threading.main_thread():  # what is written in the background holds nobody up
+        _marked[0] = phase
     plan = os.environ.get("PREFERO_FAULT")
     if not plan:
         return

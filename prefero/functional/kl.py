@@ -71,28 +71,22 @@ class AdaptiveCoefficient:
     """A KL coefficient that rises when the KL is above its target and falls when it is below.
 
     initial: the coefficient to start from, >= 0; target: nats per completion, > 0; horizon: in completions, > 0.
-    minimum: it never falls below, 0 <= minimum <= initial; with minimum = initial it only brakes. A policy starts with
-    a KL of 0, so without one the price falls all the while that the policy picks up speed.
     `value` is the coefficient now. ValueError for numbers out of range. Source: arXiv:1909.08593, section 2.2.
     """
 
-    def __init__(self, initial: float, target: float, horizon: float, minimum: float = 0.0) -> None:
+    def __init__(self, initial: float, target: float, horizon: float) -> None:
         _checks.at_least("initial", initial, 0.0)
         _checks.above("target", target, 0.0)
         _checks.above("horizon", horizon, 0.0)
-        _checks.at_least("minimum", minimum, 0.0)
-        if minimum > initial:
-            raise ValueError(f"minimum={minimum} is above initial={initial}: give one that is not")
         self.value = float(initial)
         self.target = target
         self.horizon = horizon
-        self.minimum = minimum
 
     def update(self, kl: float, num_samples: int) -> float:
         """Takes the mean KL of `num_samples` completions, in nats per completion, and returns the new coefficient.
 
-        coefficient *= 1 + clip(kl / target - 1, ±0.2) * num_samples / horizon, at least `minimum`. ValueError if `kl`
-        is not finite, `num_samples` is negative, or so large that one update could end the penalty for good.
+        coefficient *= 1 + clip(kl / target - 1, ±0.2) * num_samples / horizon. ValueError if `kl` is not finite,
+        `num_samples` is negative, or so large that one update could end the penalty for good.
         """
         _checks.above("kl", kl, -float("inf"))
         _checks.at_least("num_samples", num_samples, 0)
@@ -102,7 +96,7 @@ class AdaptiveCoefficient:
                 f"horizon={self.horizon} is within reach of one step of num_samples={num_samples}, which could end the "
                 f"penalty for good: take a horizon above {MAX_ERROR * num_samples:g}, better many times num_samples"
             )
-        self.value = max(self.value * (1.0 + error * num_samples / self.horizon), self.minimum)
+        self.value *= 1.0 + error * num_samples / self.horizon
         return self.value
 
 

@@ -101,7 +101,7 @@ def frozen_copy(actor: Actor) -> Actor:
 
 def ppo_settings(c: PPOConfig) -> PPOSettings:
     """The algorithm's numbers from the config's."""
-    adaptive = AdaptiveCoefficient(c.kl_coef, c.kl_target, c.kl_horizon, c.kl_coef_min) if c.kl_target else None
+    adaptive = AdaptiveCoefficient(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None
     return PPOSettings(
         level=c.level,
         kl_coef=adaptive or c.kl_coef,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,12 @@ from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
 from prefero.recipes.preflight import preflight
 from prefero.recipes.session import Session, make_strategy, open_session
 from prefero.recipes.show import show_result
+from prefero.strategies.pulse import BrokenRunError, explained
 from prefero.tracking.run_folder import RunFolder
+from prefero.tracking.text import for_terminal
+
+BROKEN = 76
+"""The exit status where the processes of a run could not go on together; it can be resumed."""
 
 _STAGES: dict[str, Callable[[Session], None]] = {
     "pipeline": run_pipeline,
@@ -82,8 +88,14 @@ def _run(plan: Plan) -> int:
             plan.config, folder, strategy, overwrite=plan.overwrite, resume=plan.resume, stage=plan.stage,
             sources=sources,
         ) as session:  # fmt: skip
-            _STAGES[plan.stage](session)
+            with explained(strategy.group.pulse):
+                _STAGES[plan.stage](session)
             session.report(session.run)
+    except BrokenRunError as error:
+        told = f"prefero: error: {error}; go on with: prefero resume {shlex.quote(str(folder))}"
+        print(for_terminal(told), file=sys.stderr, flush=True)
+        # At once: whatever else would like to end in order would wait for the lost process as well.
+        os._exit(BROKEN)
     except StoppedError:
         if strategy.is_rank_0:
             print(f"stopped and saved; go on with: prefero resume {shlex.quote(str(folder))}", file=sys.stderr)

@@ -62,6 +62,7 @@ class Watcher(Callback):
         self.learned: list[Metrics] = []
         self.rollout: Metrics = {}
         self.samples: list[dict[str, Any]] = []
+        self.step = self.examined = 0
 
     def on_fit_start(self) -> None:
         """The policy as it comes, and best-of-n of it: what PPO has to beat."""
@@ -87,6 +88,11 @@ class Watcher(Callback):
             parts = [rollout.score.parts[name] for rollout in self.trainer.last_rollouts]
             self.rollout[f"rollout/reward_{name}"] = sum(parts) / len(parts)
         self.samples = sample_rows(self.trainer.last_rollouts[:_SAMPLES])
+        budget = self.session.config.ppo.kl_budget
+        if budget and self.rollout["rollout/kl"] > budget:
+            self.trainer.should_stop = True
+            self.session.tracker.log(self.rollout, self.step + 1)
+            self.session.say(f"a KL of {self.rollout['rollout/kl']:.2f} nats is over ppo.kl_budget {budget}: PPO ends")
 
     def on_learn_batch_end(self, metrics: Mapping[str, float], experience: Experience) -> None:
         """Keeps the numbers of every optimizer step for the iteration's row."""
@@ -100,11 +106,21 @@ class Watcher(Callback):
         learned["value/explained_variance"] = explained_variance(learned)
         self.learned = []
         self.session.tracker.log(self.rollout | learned, step)
-        if (config.eval_every and step % config.eval_every == 0) or step == config.steps:
-            self.after = self._examine(step)
-            self.session.tracker.log_samples(self.samples, step)
+        self.step = step
+        if config.eval_every and step % config.eval_every == 0:
+            self._examine_now()
         if config.save_every and step % config.save_every == 0 and step < config.steps:
             self.session.export(self.actor, self.session.run.checkpoints / f"step-{step:06d}", self.tokenizer)
+
+    def on_fit_end(self) -> None:
+        """The policy as it leaves."""
+        if self.examined < self.step:
+            self._examine_now()
+
+    def _examine_now(self) -> None:
+        self.after = self._examine(self.step)
+        self.examined = self.step
+        self.session.tracker.log_samples(self.samples, self.step)
 
     def _examine(self, step: int) -> Evaluation:
         fault("evaluate")
@@ -124,6 +140,8 @@ class Watcher(Callback):
             "learned": self.learned,
             "rollout": self.rollout,
             "samples": self.samples,
+            "step": self.step,
+            "examined": self.examined,
         }
 
     def restore(self, saved: Saved) -> None:
@@ -132,11 +150,12 @@ class Watcher(Callback):
         self.before, self.after = Evaluation.from_json(values["before"]), Evaluation.from_json(values["after"])
         self.best_of = None if values["best_of"] is None else Evaluation.from_json(values["best_of"])
         self.learned, self.rollout, self.samples = values["learned"], values["rollout"], values["samples"]
+        self.step, self.examined = values["step"], values["examined"]
 
     def finish(self) -> dict[str, Any]:
         """Exports the model and writes the stage's samples and summary, which it returns."""
         self.session.export(self.actor, self.session.run.model, self.tokenizer)
-        self.session.tracker.log_samples(before_after_rows(self.before, self.after), self.session.config.ppo.steps)
+        self.session.tracker.log_samples(before_after_rows(self.before, self.after), self.step)
         summary = self._summary()
         self.session.finish(summary)
         return summary

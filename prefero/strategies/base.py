@@ -90,6 +90,9 @@ class Strategy(ABC):
         """Inside, every process holds all parameters, and may forward as often as it likes without the others."""
         yield
 
+    def verify(self, model: nn.Module) -> None:  # noqa: B027 most strategies have one copy only
+        """Raises BrokenRunError when processes that should hold the same weights do not."""
+
     def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer) -> None:
         """Adds the gradients of `loss`, summed over processes, to the model's parameters."""
         scale = self.group.world_size * (1.0 if self.loss_scale is None else self.loss_scale.scale)

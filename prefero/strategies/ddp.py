@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from prefero.strategies.base import Precision, Strategy
 from prefero.strategies.group import join
+from prefero.strategies.pulse import BrokenRunError
 from prefero.strategies.scaling import LossScale
 
 
@@ -84,6 +85,27 @@ class DDPStrategy(Strategy):
         elif self.group.world_size > 1:
             raise ValueError(unprepared(model))
         yield
+
+    def verify(self, model: nn.Module) -> None:
+        everyone = self.group.counts(_fingerprint(model))
+        usual = max(everyone, key=everyone.count)  # with two processes, rank 0's
+        others = [f"rank {rank}" for rank, own in enumerate(everyone) if own != usual]
+        if others:
+            raise BrokenRunError(
+                f"the {type(model).__name__} of {' and '.join(others)} has other weights than that of the other "
+                "processes: their results can no longer be trusted"
+            )
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """A number that changes with any bit of the weights, for all practical purposes."""
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+        pad = -len(bits) % 8
+        words = (torch.cat([bits, bits.new_zeros(pad)]) if pad else bits).view(torch.int64)
+        total = (total * 1_000_003 + int(words.sum())) % 2**62
+    return total
 
 
 def unprepared(model: nn.Module) -> str:

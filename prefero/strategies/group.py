@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from prefero.strategies.pulse import Pulse
 
 _LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,6 +39,7 @@ class Group:
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 immutable
     members: Any = None  # torch's process group; None is the one of all processes
+    pulse: Pulse | None = None
 
     def apart(self) -> Group:
         """The same processes with a line of their own in main memory, which a background thread may use."""
@@ -164,8 +168,10 @@ def join(timeout: float) -> Group:
     return _member(cuda)
 
 
+@cache
 def _member(cuda: bool) -> Group:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    return Group(dist.get_rank(), dist.get_world_size(), device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Group(rank, world_size, device, pulse=Pulse(rank, world_size) if world_size > 1 else None)

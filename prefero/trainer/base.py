@@ -84,6 +84,8 @@ class Trainer(ABC):
         """Of the optimiser steps of the learn phase so far."""
         self.sampler: DistributedSampler | None = None
         self._resumed: dict[str, int] | None = None
+        self.should_stop = False
+        """Set by a callback after making experience, `fit` ends without learning from it."""
         self.shows_progress = True
         """Whether `fit` draws a bar on a terminal; a run with a display of its own switches it off."""
 
@@ -109,12 +111,14 @@ class Trainer(ABC):
             self._call("on_fit_start")
             at.started = True
         with Progress("fit", last, enabled=self.shows_progress and self.strategy.is_rank_0) as progress:
-            while at.episode < num_episodes:
+            while at.episode < num_episodes and not self.should_stop:
                 if at.timestep == 0 and not at.learning:
                     self._call("on_episode_start", at.episode)
                 while at.timestep < max_timesteps:
                     if not at.learning:
                         self.collect(sampler.sample(self.experience_batch_size))
+                        if self.should_stop:
+                            break
                         time = at.episode * max_timesteps + at.timestep + 1
                         at.learning = time % update_timesteps == 0 or time == last
                     if at.learning:
@@ -123,10 +127,12 @@ class Trainer(ABC):
                         at.learning = False
                     at.timestep += 1
                     progress.advance()
-                at.episode, at.timestep = at.episode + 1, 0
-                self._call("on_episode_end", at.episode - 1)
+                else:
+                    at.episode, at.timestep = at.episode + 1, 0
+                    self._call("on_episode_end", at.episode - 1)
+        self.replay_buffer.clear()
         self._call("on_fit_end")
-        self.cursor, self._resumed = Cursor(phase=at.phase), None
+        self.cursor, self._resumed, self.should_stop = Cursor(phase=at.phase), None, False
 
     def collect(self, prompts: Any) -> Experience:
         """Makes experience from these prompts and puts it into the buffer."""

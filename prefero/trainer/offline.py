@@ -167,7 +167,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
 
     def keep(self, snapshot: Snapshot) -> None:
         """Puts everything that training changes into a snapshot; the batches too, where they know where they stand."""
-        keep_learner(snapshot, self.learner)
+        keep_learner(snapshot, self.learner, self.strategy)
         snapshot.values["offline"] = {
             "num_steps": self.num_steps,
             "epoch": self.epoch,

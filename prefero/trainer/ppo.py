@@ -138,7 +138,7 @@ class PPOTrainer(Trainer):
         """Puts everything that training changes into a snapshot."""
         super().keep(snapshot)
         for learner in self.learners:
-            keep_learner(snapshot, learner)
+            keep_learner(snapshot, learner, self.strategy)
         maker = self.experience_maker
         snapshot.values["ppo"] = {
             "kl_coef": self.algorithm.kl_coef,

@@ -34,8 +34,12 @@ class Saved:
         self.tensor = checkpoint.tensor
 
 
-def keep_learner(snapshot: Snapshot, learner: Learner) -> None:
-    """A model's own parameters and buffers (adapters apart), and its optimizer's states under the same names."""
+def keep_learner(snapshot: Snapshot, learner: Learner, strategy: Strategy) -> None:
+    """A model's own parameters and buffers (adapters apart), and its optimizer's states under the same names.
+
+    Raises BrokenRunError when processes that should hold the same weights do not.
+    """
+    strategy.verify(learner.model)
     name, model, optimizer = learner.role, learner.model, learner.optimizer
     snapshot.tensors |= {f"{name}/{key}": tensor for key, tensor in model.state_dict().items()}
     for parameter, key in _held(optimizer, model):

@@ -384,14 +384,6 @@ def test_adaptive_coefficient_moves_the_right_way() -> None:
         coefficient.update(0.0, 10**4)
 
 
-def test_an_adaptive_coefficient_with_a_minimum_brakes_and_lets_go() -> None:
-    coefficient = kl.AdaptiveCoefficient(0.1, target=2.0, horizon=1000, minimum=0.1)
-    assert coefficient.update(0.0, 100) == 0.1
-    assert coefficient.update(100.0, 1000) == pytest.approx(0.12)
-    assert coefficient.update(0.0, 500) == pytest.approx(0.108)
-    assert coefficient.update(0.0, 500) == 0.1
-
-
 # ---------------------------------------------------------------- advantages
 
 
@@ -578,8 +570,6 @@ REFUSALS: list[tuple[str, Callable[[], object]]] = [
     ("target=0", lambda: kl.AdaptiveCoefficient(0.1, 0, 100)),
     ("horizon=-1", lambda: kl.AdaptiveCoefficient(0.1, 6, -1)),
     ("initial=-1", lambda: kl.AdaptiveCoefficient(-1, 6, 100)),
-    ("minimum=-1", lambda: kl.AdaptiveCoefficient(0.1, 6, 100, minimum=-1)),
-    ("minimum=0.2 is above initial=0.1", lambda: kl.AdaptiveCoefficient(0.1, 6, 100, minimum=0.2)),
     ("kl=nan", lambda: kl.AdaptiveCoefficient(0.1, 6, 100).update(math.nan, 1)),
     ("kl=inf", lambda: kl.AdaptiveCoefficient(0.1, 6, 100).update(math.inf, 1)),
     ("num_samples=-1", lambda: kl.AdaptiveCoefficient(0.1, 6, 100).update(1.0, -1)),

@@ -93,8 +93,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--reward.model", "nowhere"], ["unknown model 'nowhere'"]),
         (["--reward.skip", "--sft.skip", "--ppo.skip"], ["nothing to do"]),
         (["--kl-target", "6", "--kl-horizon", "1", "--prompts-per-step", "8"], ["ppo.kl_horizon 1", "raise it to 8"]),
-        (["--kl-coef-min", "0.1"], ["ppo.kl_coef_min 0.1", "set kl_target"]),
-        (["--kl-target", "6", "--kl-coef-min", "9"], ["ppo.kl_coef_min 9", "above", "lower it"]),
         (["--data.prompts", "escape.jsonl"], ["escape.jsonl: columns ␛]0;pwned"]),
         (["--critic-layers", "9"], ["ppo.critic_layers is 9", "only 2 layers"]),
         (["--strategy.device", "quantum"], ["quantum"]),

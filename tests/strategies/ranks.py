@@ -21,6 +21,9 @@ from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
 from prefero.strategies.checkpoint import Checkpoint, Checkpoints
+from prefero.strategies.pulse import BrokenRunError
+from prefero.trainer.state import Snapshot, keep_learner
+from prefero.trainer.update import Learner
 from prefero.types import Prompt
 
 KINDS: dict[str, Callable[[], Strategy]] = {
@@ -119,6 +122,18 @@ def main(kind: str, folder: Path) -> None:
             act()
         except ValueError as error:
             errors[name] = str(error)
+
+    # Weights that have drifted apart are noticed, by all processes, before anything is saved.
+    snapshot = Snapshot()
+    learner = Learner("actor", "loss", again, its_optimizer)
+    keep_learner(snapshot, learner, strategy)
+    if group.rank == group.world_size - 1 and kind in ("naive", "ddp"):  # of sharded weights there is only one copy
+        first = next(again.parameters())
+        first.data[0] += 1e-3
+    try:
+        keep_learner(snapshot, learner, strategy)
+    except BrokenRunError as error:
+        errors["drifted"] = str(error)
     out["errors"] = errors
 
     # Critic and reward model, frozen and trained, prepared alone.

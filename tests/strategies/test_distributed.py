@@ -85,6 +85,9 @@ def test_wrong_requests_are_explained(results: tuple[Path, dict[str, Any]]) -> N
     assert "rank0-of-2.pt" in found["zero3-4"]["errors"]["other world"]
     assert "this run has 4" in found["zero3-4"]["errors"]["other world"]
     assert "does not have" in found["zero3-2"]["errors"]["foreign optimizer"]
+    assert "Actor of rank 1 has other weights" in found["ddp-2"]["errors"]["drifted"]
+    assert "Actor of rank 3 has other weights" in found["ddp-4"]["errors"]["drifted"]
+    assert "drifted" not in found["zero3-2"]["errors"] and "drifted" not in found["naive-1"]["errors"]
 
 
 def test_rows_are_shared_evenly_and_joined_in_order(results: tuple[Path, dict[str, Any]]) -> None:
