@@ -98,6 +98,10 @@ class StrategyConfig:
         default=False,
         description="fsdp: keep parameters, gradients and optimizer states in main memory, not on the GPU.",
     )
+    shard_init: bool = Field(
+        default=False,
+        description="fsdp: models are filled in a layer at a time, so that no process ever holds a whole one.",
+    )
     timeout: float = Field(
         default=600.0, gt=0, description="Seconds a process waits for the others before it ends with an error."
     )
@@ -333,6 +337,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     for key, kinds in (
         ("stage", ("fsdp",)),
         ("offload", ("fsdp",)),
+        ("shard_init", ("fsdp",)),
         ("timeout", ("ddp", "fsdp")),
         ("device", ("naive",)),
     ):

@@ -34,7 +34,9 @@ class HybridAdam(torch.optim.Adam):
             raise ValueError("bias_correction=False is not supported: leave it True")
         if nvme_offload_fraction != 0.0:
             raise ValueError(f"nvme_offload_fraction={nvme_offload_fraction} is not supported: leave it 0")
-        groups = list(model_params)
+        groups = [
+            {**group, "params": list(group["params"])} if isinstance(group, dict) else group for group in model_params
+        ]
         super().__init__(
             groups,
             lr=lr,
@@ -42,16 +44,27 @@ class HybridAdam(torch.optim.Adam):
             eps=eps,
             weight_decay=weight_decay,
             decoupled_weight_decay=adamw_mode,
-            fused=_can_fuse(groups) or None,
+            fused=_can_fuse(_parameters(groups)) or None,
         )
+        if any(parameter.is_meta for parameter in _parameters(groups)):
+            # Weights that are yet to come will be on a device that can.
+            self._undecided = self.register_step_pre_hook(_fuse_if_possible)
 
 
 class CPUAdam(HybridAdam):
     """The same optimizer under the seed's name for parameters on a CPU."""
 
 
-def _can_fuse(groups: list[Any]) -> bool:
-    parameters: list[Tensor] = []
-    for group in groups:
-        parameters += list(group["params"]) if isinstance(group, dict) else [group]
+def _parameters(groups: list[Any]) -> list[Tensor]:
+    return [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+
+
+def _can_fuse(parameters: list[Tensor]) -> bool:
     return all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in parameters)
+
+
+def _fuse_if_possible(optimizer: Any, *_: Any) -> None:
+    """Before the first step; a state that was loaded has decided already."""
+    for group in optimizer.param_groups:
+        group["fused"] = _can_fuse(group["params"]) or None
+    optimizer._undecided.remove()

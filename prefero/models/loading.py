@@ -20,6 +20,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from prefero.cache import cache_root
+from prefero.deferral import weights_deferred
+from prefero.models.later import build_without_weights, drawn, store
 from prefero.models.lora import apply_lora
 from prefero.models.trunk import disable_dropout, head_width
 
@@ -211,8 +213,13 @@ def build(
         config = keep_layers(deepcopy(config), options.num_layers)
         for key, value in changes.items():
             setattr(config, key, value)
-        model = auto_class.from_config(config, dtype=dtype, **extra)
+        make = build_without_weights if weights_deferred() else lambda of, *rest, **more: of.from_config(*rest, **more)
+        model = make(auto_class, config, dtype=dtype, **extra)
         missing: set[str] | None = None
+    elif weights_deferred():
+        config = load_config(pretrained, options, **changes)
+        model = build_without_weights(auto_class, config, dtype=dtype, **extra)
+        missing = store(model, resolve(pretrained))
     else:
         config = load_config(pretrained, options, **changes)
         model, missing = _load_weights(auto_class, str(pretrained), config, dtype, extra)
@@ -264,7 +271,7 @@ def _draw_head(model: Any, missing: set[str] | None) -> None:
     for name, part in model.named_modules():
         is_new = missing is None or f"{name}.weight" in missing
         if isinstance(part, nn.Linear) and part.out_features == 1 and is_new:
-            init_reward_head(part)
+            drawn(part, init_reward_head)
 
 
 def init_reward_head(head: nn.Linear) -> nn.Linear:

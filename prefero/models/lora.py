@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from prefero.models.later import drawn, fill
 from prefero.models.trunk import trunk_of
 
 TrainBias = Literal["none", "all", "lora_only"]
@@ -49,6 +50,9 @@ def apply_lora(model: Any, rank: int, train_bias: str = "none", alpha: float | N
     for layer in lora_layers(model):
         for part in (layer.lora_A, layer.lora_B):
             part.float()
+        if layer.weight.is_meta:
+            drawn(layer.lora_A[ADAPTER], type(layer.lora_A[ADAPTER]).reset_parameters)
+            drawn(layer.lora_B[ADAPTER], lambda linear: nn.init.zeros_(linear.weight))
     return model
 
 
@@ -189,6 +193,10 @@ class LoRAModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model = apply_lora(model, lora_rank, lora_train_bias, lora_alpha)
+
+    def fill(self, part: nn.Module) -> list[nn.Parameter]:
+        """Gives the parameters below `part` that were left without values theirs; returns those that were drawn."""
+        return fill(self.model, part)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -35,10 +35,11 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
     Returns what the stage found out.
     """
     config, settings, keeper = session.config, session.config.ppo, session.keeper()
-    actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank)
     strategy = session.strategy
+    with strategy.model_init_context():
+        actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank)
+        critic = make_critic(config, policy)
     set_up_machine(num_parameters(actor), config.strategy.threads)
-    critic = make_critic(config, policy)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
     examination = make_examination(config, session.sources, tokenizer, reward_model, strategy.group)
 

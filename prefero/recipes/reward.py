@@ -36,7 +36,10 @@ def train_reward(session: Session, policy: str) -> Metrics:
     backbone = policy if of_policy else settings.model
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
-    model = AutoRM(pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout)
+    with session.strategy.model_init_context():
+        model = AutoRM(
+            pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout
+        )
     set_up_machine(num_parameters(model), config.strategy.threads)
     limits = Limits.of(model.model.config)
     loader, heldout = (comparisons(session, tokenizer, split, limits) for split in ("train", "heldout"))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,6 +27,7 @@ from prefero.models.auto import AutoActor
 from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import enable_checkpointing, load_tokenizer
 from prefero.models.lora import has_lora
+from prefero.optimizer import HybridAdam
 from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
@@ -207,7 +207,9 @@ def make_strategy(config: Config) -> Strategy:
     elif s.kind == "ddp":
         strategy = DDPStrategy(config.seed, **common, timeout=s.timeout)
     else:
-        strategy = FSDPStrategy(s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout)
+        strategy = FSDPStrategy(
+            s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout, shard_init=s.shard_init
+        )
     strategy.max_skipped = s.max_skipped
     return strategy
 
@@ -251,7 +253,7 @@ def adamw(config: Config, model: nn.Module, learning_rate: float, weight_decay: 
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=rate, betas=(0.9, 0.95), fused=True)
+    return HybridAdam(used, lr=rate, betas=(0.9, 0.95))
 
 
 def schedule(optimizer: Optimizer, kind: str, steps: int, warmup: float = 0.0, silent: int = 0) -> LambdaLR:

@@ -37,6 +37,14 @@ class HasCheckpointNames(Protocol):
         """From the file's names to its own; `own` is what it holds now."""
 
 
+@runtime_checkable
+class FillsIn(Protocol):
+    """A model that may have been built without weights (`deferral.defer_weights`)."""
+
+    def fill(self, part: nn.Module) -> list[nn.Parameter]:
+        """Gives the parameters below `part` their values, in main memory; returns those that were drawn, not read."""
+
+
 class Strategy(ABC):
     """Places models and optimizers, runs backward and step, and reads and writes checkpoints.
 

@@ -12,7 +12,6 @@ from prefero.strategies.scaling import LossScale
 
 # Arguments of machinery that does not exist here: their defaults, and what does the same job.
 _REPLACED: dict[str, tuple[Any, str]] = {
-    "shard_init": (False, "models are built whole and shared out by prepare()"),
     "search_range_mb": (32, "parameters are gathered layer by layer and no chunk size is searched for"),
     "hidden_dim": (None, "parameters are gathered layer by layer and no chunk size is searched for"),
     "min_chunk_size_mb": (32, "parameters are gathered layer by layer and no chunk size is searched for"),
@@ -80,4 +79,5 @@ class ColossalAIStrategy(FSDPStrategy):
             pin_memory=pin_memory,
             output_fp32=force_outputs_fp32,
             seed=seed,
+            shard_init=shard_init,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,19 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return False
+
+
+def return_freed_memory() -> None:
+    """Lets the C library give large blocks back to the system as soon as they are freed, where it is glibc.
+
+    Left alone it learns to keep blocks of up to 32 MB for later, which is most of what sharing weights out saves.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also ends the learning
+    mallopt(mmap_threshold, 1 << 18)
 
 
 def usable_cores() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from prefero.deferral import defer_weights
 from prefero.strategies import files
-from prefero.strategies.base import HALF, Precision, first_lines
+from prefero.strategies.base import HALF, FillsIn, Precision, first_lines
+from prefero.strategies.cpu import return_freed_memory
 from prefero.strategies.ddp import DDPStrategy, unprepared
 from prefero.strategies.scaling import LossScale
 
@@ -37,8 +39,9 @@ class FSDPStrategy(DDPStrategy):
     1: the same, and whole gradients are kept until the last micro-batch of a step, which costs memory and saves
     traffic. Optimizer states are shared out in all of them. offload: parameters, gradients and optimizer states live in
     main memory and visit the accelerator (ValueError without one). reshard_after_forward: overrides what the stage
-    means for it. pin_memory: page-locked main memory for `offload`. output_fp32: layers give float32 to the next one.
-    The rest: see `DDPStrategy`.
+    means for it. shard_init: models built in `model_init_context` get their weights in `prepare`, a layer at a time, so
+    that no process ever holds a whole one; read from safetensors files where they are pretrained. pin_memory:
+    page-locked main memory for `offload`. output_fp32: layers give float32 to the next one. The rest: `DDPStrategy`.
 
     Models stay the objects they were; an optimizer built before `prepare` is pointed at the sharded parameters.
     """
@@ -56,10 +59,12 @@ class FSDPStrategy(DDPStrategy):
         output_fp32: bool = False,
         seed: int = 42,
         timeout: float = 600.0,
+        shard_init: bool = False,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"stage={stage!r}: choose 1, 2 or 3")
         self.stage = stage
+        self.shard_init = shard_init
         self.output_fp32 = output_fp32
         self.reshard_after_forward = stage == 3 if reshard_after_forward is None else reshard_after_forward
         super().__init__(seed, precision, max_norm, norm_type, loss_scale, timeout=timeout)
@@ -68,6 +73,8 @@ class FSDPStrategy(DDPStrategy):
                 "offload=True moves weights from an accelerator to main memory, and there is none: leave it out"
             )
         self.offload: OffloadPolicy = CPUOffloadPolicy(pin_memory) if offload else OffloadPolicy()
+        if self.device.type == "cpu":
+            return_freed_memory()
         self.mesh = init_device_mesh(self.device.type, (self.group.world_size,))
         self._names: dict[int, str] = {}
 
@@ -76,17 +83,33 @@ class FSDPStrategy(DDPStrategy):
             return model
         # The optimizer that may come with the model holds the parameters of today; it is told of tomorrow's by name.
         self._names.update({id(parameter): name for name, parameter in model.named_parameters()})
-        self.group.broadcast([*model.parameters(), *model.buffers()])
+        self._start_alike([*model.parameters(), *model.buffers()])
         dtype = HALF.get(self.precision)
         half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None,
                                     output_dtype=torch.float32 if self.output_fp32 else None)  # fmt: skip
-        for block in _blocks(model):
+        for block in blocks(model):
+            self._fill(model, block)
             self._shard(block, half)
         # What is left are embeddings and heads, which compute in full precision everywhere.
+        self._fill(model, model)
         self._shard(model, MixedPrecisionPolicy())
         for name in getattr(model, "forward_methods", ()):
             register_fsdp_forward_method(model, name)
         return model
+
+    def _fill(self, model: nn.Module, part: nn.Module) -> None:
+        """The weights of a part that was built without them: whole for as long as it takes to share them out."""
+        if any(parameter.is_meta for parameter in part.parameters()):
+            if not isinstance(model, FillsIn):
+                raise ValueError(f"the {type(model).__name__} has parameters without values (on torch's meta device)")
+            self._start_alike(model.fill(part))
+
+    def _start_alike(self, tensors: Sequence[Tensor]) -> None:
+        self.group.broadcast(tensor for tensor in tensors if not tensor.is_meta and not isinstance(tensor, DTensor))
+
+    def model_init_context(self) -> AbstractContextManager[Any]:
+        """With shard_init, models are built without weights; `prepare` reads or draws a layer at a time."""
+        return defer_weights() if self.shard_init else nullcontext()
 
     def _shard(self, module: nn.Module, policy: MixedPrecisionPolicy) -> None:
         fully_shard(
@@ -240,13 +263,13 @@ class FSDPStrategy(DDPStrategy):
         )
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated layers of a network: the members of its outermost lists."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _blocks(child)
+            yield from blocks(child)
 
 
 def _like(tensor: Tensor, own: Tensor | None) -> Tensor:

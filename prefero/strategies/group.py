@@ -168,10 +168,16 @@ def join(timeout: float) -> Group:
     return _member(cuda)
 
 
-@cache
 def _member(cuda: bool) -> Group:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Group(rank, world_size, device, pulse=Pulse(rank, world_size) if world_size > 1 else None)
+    return Group(rank, world_size, device, pulse=_pulse(rank, world_size))
+
+
+@cache
+def _pulse(rank: int, world_size: int) -> Pulse | None:
+    """One for all strategies of this process; none without others, or without a launch that has a store."""
+    launched = world_size > 1 and all(name in os.environ for name in _LAUNCHED_BY)
+    return Pulse(rank, world_size) if launched else None

@@ -1,41 +1,71 @@
-"""The benchmarks run: speed and plan without building the model, tables of the docs from finished runs."""
+"""The benchmarks run, small, and tables of the docs come from finished runs."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import torch
 from scripts import load_script
+from transformers import AutoModelForCausalLM
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "ppo_dummy.py"
+from prefero.strategies.checkpoint import Checkpoints
+from prefero.strategies.group import Group
 
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    return load_script(FILE)
-
-
-@pytest.mark.parametrize(("family", "lora_rank"), [("gpt", 0), ("opt", 4)])
-def test_one_line_a_batch_size(
-    benchmark: ModuleType, family: str, lora_rank: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark.main(["--sizes", "tiny", "--family", family, "--batch_sizes", "2", "3", "--prompt_length", "4",
-                    "--max_length", "8", "--num_episodes", "1", "--device", "cpu",
-                    "--lora_rank", str(lora_rank)])  # fmt: skip
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["batch_size"] for line in lines] == [2, 3]
-    assert all(line["learning_samples_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines)
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_largest_model_is_planned_without_memory(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["--sizes", "s", "175b", "--plan"])
-    small, large = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert small["parameters"] == 124_439_808  # GPT-2
-    assert 174e9 < large["parameters"] < 176e9
-    assert large["gradients_and_adam_gib"] == pytest.approx(12 * large["trained"] / 2**30, rel=1e-3)
+@pytest.fixture(autouse=True)
+def among_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks import what they share, as scripts in one folder do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.parametrize("name", ["benchmark_gpt_dummy", "benchmark_opt_lora_dummy"])
+def test_the_older_systems_recipe_runs_small(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script(FOLDER / f"{name}.py")
+    options = {"model": "tiny", "strategy": "naive", "prompt_length": 4, "max_length": 8, "num_episodes": 2,
+               "max_timesteps": 2, "update_timesteps": 2, "max_epochs": 1, "train_batch_size": 4,
+               "experience_batch_size": 2}  # fmt: skip
+    script.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert line["experience_samples_per_second"] > 0 and line["learning_samples_per_second"] > 0
+    assert line["learning_tflops_per_process"] > 0 and line["peak_memory_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "low", "high"),
+    [("benchmark_gpt_dummy", "s", 124e6, 125e6), ("benchmark_gpt_dummy", "175b", 174e9, 176e9),
+     ("benchmark_opt_lora_dummy", "125m", 125e6, 126e6), ("benchmark_opt_lora_dummy", "13b", 12.7e9, 13.1e9)],
+)  # fmt: skip
+def test_the_size_ladder_has_the_sizes_it_names(name: str, model: str, low: float, high: float) -> None:
+    config = load_script(FOLDER / f"{name}.py").config(model)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    assert low < sum(parameter.numel() for parameter in network.parameters()) < high
+
+
+def test_damage_to_checkpoints_is_always_noticed(tmp_path: Path) -> None:
+    """The short form of `benchmarks/faults.py --only damage`, on a checkpoint made here."""
+    faults = load_script(FOLDER / "faults.py")
+    state = tmp_path / "damaged" / "checkpoints" / "ppo" / "checkpoints" / "state"
+    checkpoints = Checkpoints(state, Group())
+    for step in (1, 2):
+        checkpoints.save(step, {"weight": torch.arange(9.0) * step, "bias": torch.ones(step)}, {"step": step})
+    checkpoints.wait()
+
+    class Ready:
+        folder = tmp_path
+
+        def run(self, *_: object) -> int:
+            return 0
+
+    rows = list(faults.damaged(Ready(), 150))
+    assert len(rows) == 7
+    for row in rows:
+        assert row.done > 0 and row.right == row.done, str(row)
 
 
 def finished_run(folder: Path, *, reward: float, kl: float) -> None:
@@ -55,7 +85,7 @@ def finished_run(folder: Path, *, reward: float, kl: float) -> None:
 def test_the_real_runs_table_is_made_of_the_runs_own_numbers(tmp_path: Path) -> None:
     finished_run(tmp_path / "seed-0", reward=2.0, kl=4.0)
     finished_run(tmp_path / "seed-1", reward=3.0, kl=5.0)
-    script = [sys.executable, str(FILE.with_name("smollm2.py")), "--seeds", "0", "1", "--out", str(tmp_path)]
+    script = [sys.executable, str(FOLDER / "smollm2.py"), "--seeds", "0", "1", "--out", str(tmp_path)]
     environment = os.environ | {"PATH": ""}  # nothing is run again
     printed = subprocess.run(script, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout
     lines = printed.splitlines()

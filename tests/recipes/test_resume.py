@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from scripts import load_script
 from test_pipeline import write_own_data
 
 from prefero.cli import main
@@ -38,23 +37,17 @@ FILES = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "checkpoin
 
 
 class Project(NamedTuple):
-    """A user's folder, and the process that runs commands in it."""
+    """A user's folder, and what runs commands in it."""
 
     folder: Path
-    zygote: subprocess.Popen[str]
+    forks: Any
 
     def run(self, out: str, fault: str = "") -> int:
         """Begins the pipeline or goes on with it, let fail where `fault` says; its exit status."""
         began = (self.folder / out).exists()
         arguments = ["resume", out] if began else ["pipeline", "own.yaml", "--out", out]
         errors = self.folder / "errors.txt"
-        request = {"arguments": arguments, "folder": str(self.folder), "environment": {"PREFERO_FAULT": fault},
-                   "errors": str(errors)}  # fmt: skip
-        assert self.zygote.stdin is not None
-        assert self.zygote.stdout is not None
-        self.zygote.stdin.write(json.dumps(request) + "\n")
-        self.zygote.stdin.flush()
-        status = int(self.zygote.stdout.readline())
+        status: int = self.forks.run(arguments, self.folder, {"PREFERO_FAULT": fault}, errors)
         assert "Traceback" not in errors.read_text(), errors.read_text()
         return status
 
@@ -70,14 +63,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     folder = tmp_path_factory.mktemp("project")
     write_own_data(folder, folder / "base")
     (folder / "own.yaml").write_text(CONFIG)
-    zygote = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    made = Project(folder, zygote)
-    assert made.run("left-alone") == 0
-    yield made
-    zygote.kill()
+    with load_script(Path(__file__).parents[2] / "benchmarks" / "forks.py").Forks() as forks:
+        made = Project(folder, forks)
+        assert made.run("left-alone") == 0
+        yield made
 
 
 @pytest.mark.parametrize(

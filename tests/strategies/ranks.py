@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import gpt2_config, tiny_llama, tiny_tokenizer
 
+from prefero.models.auto import AutoActor, AutoCritic, AutoRM
 from prefero.models.base import Actor, Critic, RewardModel
 from prefero.models.lora import adapters_disabled
 from prefero.optimizer import HybridAdam
@@ -61,6 +62,42 @@ def train(strategy: Strategy, lora_rank: int, steps: int, micro_batches: int = 2
                 strategy.backward(loss, actor, optimizer)
         norms.append(strategy.optimizer_step(optimizer, max_norm=1.0))
     return actor, optimizer, norms
+
+
+def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> dict[str, bool]:
+    """Models of shapes alone, filled in by `prepare`: what is stored is what comes out, and it trains."""
+    plain = {name: tensor.clone() for name, tensor in AutoActor(folder).state_dict().items()}
+    torch.manual_seed(strategy.group.rank)  # what is drawn must be rank 0's
+    with strategy.model_init_context():
+        actor, critic, judge = (kind(folder, lora_rank=lora_rank) for kind in (AutoActor, AutoCritic, AutoRM))
+        fresh = AutoActor(config=gpt2_config())
+    models = (actor, critic, judge, fresh)
+    out = {"empty before": all(any(p.is_meta for p in model.parameters()) for model in models)}
+    optimizer = HybridAdam((p for p in actor.parameters() if p.requires_grad), lr=1e-2)
+    strategy.prepare((actor, optimizer), critic, judge, fresh)
+    out["filled after"] = not any(p.is_meta for model in models for p in model.parameters())
+    whole = {name: tensor.clone() for name, tensor in strategy.checkpoint_state(actor).items()}
+    out["as stored"] = all(torch.equal(whole[name.removeprefix("model.")], tensor) for name, tensor in plain.items())
+    trunk = strategy.checkpoint_state(critic)
+    out["trunk as stored"] = all(
+        torch.equal(tensor, plain["model." + name])
+        for name, tensor in trunk.items()
+        if not name.startswith("value_head")
+    )
+    for name, model in (("actor", actor), ("judge", judge), ("fresh", fresh)):
+        sizes = [float(tensor.abs().sum()) for tensor in strategy.whole_state(model).values()]
+        out[f"{name} alike"] = all(strategy.group.same(size) for size in sizes)
+    ids = torch.arange(20).reshape(2, 10) % 7
+    out["fresh draws"] = bool(strategy.whole_state(fresh)["model.transformer.wte.weight"].std() > 0.01)
+    out["fresh tied"] = fresh.model.lm_head.weight is fresh.model.transformer.wte.weight
+    with strategy.micro_batch(actor, last=True):
+        strategy.backward(-actor(ids, 5).sum() / 40, actor, optimizer)
+    out["trains"] = strategy.optimizer_step(optimizer) > 0 and bool(optimizer.param_groups[0]["fused"])
+    after = strategy.checkpoint_state(actor)
+    out["moved"] = any(not torch.equal(after[name], whole[name]) for name in whole)
+    with torch.no_grad():
+        out["judges"] = bool(judge(ids).isfinite().all()) and critic(ids, 3).shape == (2, 3)
+    return out
 
 
 def generate(strategy: Strategy, actor: Actor) -> list[list[int]]:
@@ -135,6 +172,10 @@ def main(kind: str, folder: Path) -> None:
     except BrokenRunError as error:
         errors["drifted"] = str(error)
     out["errors"] = errors
+
+    if kind in ("zero2", "zero3") and (folder / "naive-base").is_dir():
+        strategy.shard_init = True
+        out["later"] = [built_without_weights(strategy, folder / "naive-base", rank) for rank in (0, 3)]
 
     # Critic and reward model, frozen and trained, prepared alone.
     critic, reward = Critic(tiny_llama()), RewardModel(tiny_llama()).requires_grad_(False)

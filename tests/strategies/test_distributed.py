@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -20,6 +21,7 @@ LAUNCHES = {2: ["zero3", "ddp", "zero1", "zero2", "bf16", "fp16"], 1: ["naive", 
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What came out of every launch, in one folder, each finding what those before it left."""
     folder = tmp_path_factory.mktemp("ranks")
+    tiny_llama().save_pretrained(folder / "naive-base", max_shard_size="40KB")
     for processes, kinds in LAUNCHES.items():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), *kinds]
@@ -88,6 +90,15 @@ def test_wrong_requests_are_explained(results: tuple[Path, dict[str, Any]]) -> N
     assert "Actor of rank 1 has other weights" in found["ddp-2"]["errors"]["drifted"]
     assert "Actor of rank 3 has other weights" in found["ddp-4"]["errors"]["drifted"]
     assert "drifted" not in found["zero3-2"]["errors"] and "drifted" not in found["naive-1"]["errors"]
+
+
+@pytest.mark.parametrize("name", ["zero2-2", "zero3-1", "zero3-2", "zero3-4"])
+def test_models_built_without_weights_are_filled_in_part_by_part(
+    results: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    assert len(list((results[0] / "naive-base").glob("*.safetensors"))) > 2, "stored in several files"
+    for found in results[1][name]["later"]:
+        assert all(found.values()), found
 
 
 def test_rows_are_shared_evenly_and_joined_in_order(results: tuple[Path, dict[str, Any]]) -> None:
