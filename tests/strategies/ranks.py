@@ -64,7 +64,7 @@ def train(strategy: Strategy, lora_rank: int, steps: int, micro_batches: int = 2
     return actor, optimizer, norms
 
 
-def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> dict[str, bool]:
+def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> dict[str, Any]:
     """Models of shapes alone, filled in by `prepare`: what is stored is what comes out, and it trains."""
     plain = {name: tensor.clone() for name, tensor in AutoActor(folder).state_dict().items()}
     torch.manual_seed(strategy.group.rank)  # what is drawn must be rank 0's
@@ -84,9 +84,8 @@ def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> d
         for name, tensor in trunk.items()
         if not name.startswith("value_head")
     )
-    for name, model in (("actor", actor), ("judge", judge), ("fresh", fresh)):
-        sizes = [float(tensor.abs().sum()) for tensor in strategy.whole_state(model).values()]
-        out[f"{name} alike"] = all(strategy.group.same(size) for size in sizes)
+    sizes = [float(tensor.abs().sum()) for model in models for tensor in strategy.whole_state(model).values()]
+    out["alike"] = all(strategy.group.same(size) for size in sizes)
     ids = torch.arange(20).reshape(2, 10) % 7
     out["fresh draws"] = bool(strategy.whole_state(fresh)["model.transformer.wte.weight"].std() > 0.01)
     out["fresh tied"] = fresh.model.lm_head.weight is fresh.model.transformer.wte.weight
@@ -97,7 +96,7 @@ def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> d
     out["moved"] = any(not torch.equal(after[name], whole[name]) for name in whole)
     with torch.no_grad():
         out["judges"] = bool(judge(ids).isfinite().all()) and critic(ids, 3).shape == (2, 3)
-    return out
+    return out | {"sizes": sizes}
 
 
 def generate(strategy: Strategy, actor: Actor) -> list[list[int]]:

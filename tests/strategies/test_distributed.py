@@ -97,8 +97,9 @@ def test_models_built_without_weights_are_filled_in_part_by_part(
     results: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     assert len(list((results[0] / "naive-base").glob("*.safetensors"))) > 2, "stored in several files"
-    for found in results[1][name]["later"]:
-        assert all(found.values()), found
+    for found, alone in zip(results[1][name]["later"], results[1]["zero3-1"]["later"], strict=True):
+        assert all(value for key, value in found.items() if key != "sizes"), found
+        assert found["sizes"] == alone["sizes"], "what is drawn is what one process draws"
 
 
 def test_rows_are_shared_evenly_and_joined_in_order(results: tuple[Path, dict[str, Any]]) -> None:
