@@ -20,11 +20,18 @@ PHASES = (
 _SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "stop": "SIGSTOP"}
 _passed: Counter[str] = Counter()
 _marked = ["start"]
+_moved = threading.Event()
 
 
 def last_phase() -> str:
     """What this process was last about to do, or "start"."""
     return _marked[0]
+
+
+def next_phase(timeout: float) -> None:
+    """Waits until this process is about to do something, `timeout` seconds at most."""
+    _moved.wait(timeout)
+    _moved.clear()
 
 
 def fault(phase: str) -> None:
@@ -34,6 +41,7 @@ def fault(phase: str) -> None:
     """
     if threading.current_thread() is threading.main_thread():  # what is written in the background holds nobody up
         _marked[0] = phase
+        _moved.set()
     plan = os.environ.get("PREFERO_FAULT")
     if not plan:
         return
