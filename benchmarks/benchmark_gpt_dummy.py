@@ -6,7 +6,7 @@ python benchmarks/benchmark_gpt_dummy.py --model tiny --strategy naive --prompt_
 
 The older system's recipe: prompts of 400 tokens, 112 more sampled from the 50 likeliest, three episodes of eight
 timesteps of which the first is not measured. Prints the throughput of making experience and of learning (samples a
-second over all processes, operations a second per process) and the peak memory, the latter three as a line of JSON.
+second over all processes, operations a second per process) and the peak memory of a process, as a line of JSON.
 """
 
 from __future__ import annotations

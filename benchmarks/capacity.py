@@ -5,7 +5,8 @@ python benchmarks/capacity.py
 Nothing is trained: models of the named shapes are built of shapes alone (torch's meta device) and shared out by torch's
 FSDP2 over a fake process group of that many ranks, as `FSDPStrategy(stage=3)` shares them; then the bytes of rank 0's
 parts are counted. "States" are float32 parameters, gradients and Adam's two moments; "at work" adds what is whole for
-a moment: the largest layer (or embeddings and head) twice over, its parameters and its gradients.
+a moment: the largest layer (or embeddings and head) twice over, its parameters and its gradients. Sampling, which
+gathers the whole policy in every process, is not counted.
 """
 
 from __future__ import annotations

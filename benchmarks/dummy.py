@@ -59,11 +59,11 @@ def arguments(description: str, models: Sequence[str], argv: Sequence[str] | Non
 def measure(args: Any, actor_class: Any, critic_class: Any, config: Any) -> dict[str, Any]:
     """One run of the recipe: four models of one size; rank 0 prints, every process gets the numbers."""
     torch.manual_seed(0)
-    if getattr(args, "cuda_mem_frac", 1.0) < 1.0:
-        torch.cuda.set_per_process_memory_fraction(args.cuda_mem_frac)
     config.eos_token_id = None  # every completion is as long as it may be
     options = {"config": config, "lora_rank": getattr(args, "lora_rank", 0)}
     strategy = STRATEGIES[args.strategy]()
+    if getattr(args, "cuda_mem_frac", 1.0) < 1.0:
+        torch.cuda.set_per_process_memory_fraction(args.cuda_mem_frac, strategy.device)
     with strategy.model_init_context():
         actor: Actor = actor_class(**options)
         critic: Critic = critic_class(**options)

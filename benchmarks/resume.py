@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -90,7 +91,8 @@ class Bench:
         metrics = [
             abs(one - other) / max(1.0, abs(other)) for one, other in zip(_numbers(out), _numbers(alone), strict=True)
         ]
-        return max(weights, *metrics)
+        differences = [weights, *metrics]
+        return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
     def _launch(self, processes: int, command: list[str], fault: str = "") -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -21,7 +21,10 @@ _RUN_COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0 done, 2 bad input, 75 stopped and saved, 130 interrupted)."""
+    """Runs one command; returns the exit status.
+
+    0 done, 2 bad input, 75 stopped and saved, 76 the run's processes could not go on together, 130 interrupted.
+    """
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command not in (*_RUN_COMMANDS, "resume"):

@@ -100,7 +100,7 @@ class StrategyConfig:
     )
     shard_init: bool = Field(
         default=False,
-        description="fsdp: models are filled in a layer at a time, so that no process ever holds a whole one.",
+        description="fsdp: what trains is built a layer at a time, so that no process holds a whole model meanwhile.",
     )
     timeout: float = Field(
         default=600.0, gt=0, description="Seconds a process waits for the others before it ends with an error."
@@ -334,13 +334,7 @@ def _contradictions(c: Config) -> Iterator[str]:
             f"set the coefficient to 0 for good; raise it to {rollouts} or more"
         )
     s, default = c.strategy, StrategyConfig()
-    for key, kinds in (
-        ("stage", ("fsdp",)),
-        ("offload", ("fsdp",)),
-        ("shard_init", ("fsdp",)),
-        ("timeout", ("ddp", "fsdp")),
-        ("device", ("naive",)),
-    ):
+    for key, kinds in KINDS_OF_KEYS.items():
         if getattr(s, key) != getattr(default, key) and s.kind not in kinds:
             yield (
                 f"strategy.{key} {getattr(s, key)} has no effect with strategy.kind {s.kind}; leave it out, or set "
@@ -378,6 +372,16 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "evaluate.gold is `trained`, the reward itself; name an independent scorer, e.g. vader, or leave it empty"
     if c.data.world != "files" and (c.data.sft or c.data.preferences or c.data.prompts):
         yield f"data.world {c.data.world!r} brings its own rows, but a data path is given too; set data.world to files"
+
+
+KINDS_OF_KEYS = {
+    "stage": ("fsdp",),
+    "offload": ("fsdp",),
+    "shard_init": ("fsdp",),
+    "timeout": ("ddp", "fsdp"),
+    "device": ("naive",),
+}
+"""The kinds of strategy that a key of `strategy` has an effect with, where it is not all of them."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "") -> Config:

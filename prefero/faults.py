@@ -19,13 +19,13 @@ PHASES = (
 )  # fmt: skip
 _SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "stop": "SIGSTOP"}
 _passed: Counter[str] = Counter()
-_marked = ["start"]
+_last = "start"
 _moved = threading.Event()
 
 
 def last_phase() -> str:
     """What this process was last about to do, or "start"."""
-    return _marked[0]
+    return _last
 
 
 def next_phase(timeout: float) -> None:
@@ -39,8 +39,9 @@ def fault(phase: str) -> None:
 
     Raises OSError for a disk that is said to be full, and ValueError for a variable that means nothing.
     """
+    global _last
     if threading.current_thread() is threading.main_thread():  # what is written in the background holds nobody up
-        _marked[0] = phase
+        _last = phase
         _moved.set()
     plan = os.environ.get("PREFERO_FAULT")
     if not plan:

@@ -64,7 +64,7 @@ def _can_fuse(parameters: list[Tensor]) -> bool:
 
 
 def _fuse_if_possible(optimizer: Any, *_: Any) -> None:
-    """Before the first step; a state that was loaded has decided already."""
+    """Before the first step, when the weights are there."""
     for group in optimizer.param_groups:
         group["fused"] = _can_fuse(group["params"]) or None
     optimizer._undecided.remove()

@@ -331,7 +331,8 @@ class RewardModel(LoRAModule):
         bias = read_head_bias(resolve(directory))
         if bias is not None:
             assert isinstance(self.value_head, nn.Linear)
-            self.value_head.bias = nn.Parameter(bias.to(self.value_head.weight))
+            weight = self.value_head.weight
+            self.value_head.bias = nn.Parameter(bias.to(weight.dtype) if weight.is_meta else bias.to(weight))
 
 
 def _at(mask: Tensor, numbers: Tensor) -> Tensor:

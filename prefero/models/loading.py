@@ -213,13 +213,20 @@ def build(
         config = keep_layers(deepcopy(config), options.num_layers)
         for key, value in changes.items():
             setattr(config, key, value)
-        make = build_without_weights if weights_deferred() else lambda of, *rest, **more: of.from_config(*rest, **more)
-        model = make(auto_class, config, dtype=dtype, **extra)
+        if weights_deferred():
+            model = build_without_weights(auto_class, config, dtype=dtype, **extra)
+        else:
+            model = auto_class.from_config(config, dtype=dtype, **extra)
         missing: set[str] | None = None
     elif weights_deferred():
         config = load_config(pretrained, options, **changes)
         model = build_without_weights(auto_class, config, dtype=dtype, **extra)
         missing = store(model, resolve(pretrained))
+        if missing and not new_head:
+            raise ValueError(
+                f"model {str(pretrained)!r} lacks weights, or names them in an older way that cannot be read part by "
+                f"part: {', '.join(sorted(missing)[:5])}; leave shard_init off"
+            )
     else:
         config = load_config(pretrained, options, **changes)
         model, missing = _load_weights(auto_class, str(pretrained), config, dtype, extra)

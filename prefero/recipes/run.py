@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from prefero.config import Config, ConfigError, flat, load_config, to_dict
+from prefero.config import KINDS_OF_KEYS, Config, ConfigError, StrategyConfig, flat, load_config, to_dict
 from prefero.recipes.keeper import STOPPED, StoppedError
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
 from prefero.recipes.preflight import preflight
@@ -71,9 +72,17 @@ def resume(folder: str, overrides: Sequence[str]) -> int:
         raise ConfigError(
             f"{folder} does not say which command made it, so it cannot be resumed; run the command again"
         )
-    settings = load_config(found.config_file, overrides, section=stage)
+    settings = load_config(found.config_file, [*_other_kind(overrides), *overrides], section=stage)
     _check_same(found.path, settings)
     return _run(Plan(stage, settings, found.path, "", resume=True))
+
+
+def _other_kind(overrides: Sequence[str]) -> list[str]:
+    """Where a run goes on with another kind of strategy, what was said of the former kind is forgotten."""
+    if not any(word.partition("=")[0] in ("--strategy.kind", "--kind") for word in overrides):
+        return []
+    default = StrategyConfig()
+    return [word for key in KINDS_OF_KEYS for word in (f"--strategy.{key}", str(getattr(default, key)).lower())]
 
 
 def _run(plan: Plan) -> int:
@@ -84,16 +93,17 @@ def _run(plan: Plan) -> int:
     if strategy.is_rank_0:
         print(f"run folder: {folder}", file=sys.stderr)
     try:
-        with open_session(
+        with explained(strategy.group.pulse), open_session(
             plan.config, folder, strategy, overwrite=plan.overwrite, resume=plan.resume, stage=plan.stage,
             sources=sources,
         ) as session:  # fmt: skip
-            with explained(strategy.group.pulse):
-                _STAGES[plan.stage](session)
+            _STAGES[plan.stage](session)
             session.report(session.run)
     except BrokenRunError as error:
         told = f"prefero: error: {error}; go on with: prefero resume {shlex.quote(str(folder))}"
         print(for_terminal(told), file=sys.stderr, flush=True)
+        if os.environ.get("PREFERO_TRACEBACK"):
+            traceback.print_exception(error)
         # At once: whatever else would like to end in order would wait for the lost process as well.
         os._exit(BROKEN)
     except StoppedError:
@@ -109,7 +119,10 @@ def _check_same(folder: Path, config: Config) -> None:
     """A run that has not ended goes on with the config it began with; only where and when it is saved may differ."""
     run = RunFolder.open(folder)
     if "seconds" in run.summary():
-        raise ConfigError(f"{folder} has ended: there is nothing to go on with")
+        raise ConfigError(
+            f"{folder} has ended: there is nothing to go on with. `prefero report {folder}` writes its report anew; to "
+            "run it again, give another --out"
+        )
     then, now = (flat(settings) for settings in (run.config(), to_dict(config)))
     changed = sorted(
         key for key in then.keys() | now.keys()

@@ -63,6 +63,7 @@ class Watcher(Callback):
         self.rollout: Metrics = {}
         self.samples: list[dict[str, Any]] = []
         self.step = self.examined = 0
+        self.stopped_at_kl: float | None = None
 
     def on_fit_start(self) -> None:
         """The policy as it comes, and best-of-n of it: what PPO has to beat."""
@@ -91,7 +92,7 @@ class Watcher(Callback):
         budget = self.session.config.ppo.kl_budget
         if budget and self.rollout["rollout/kl"] > budget:
             self.trainer.should_stop = True
-            self.session.tracker.log(self.rollout, self.step + 1)
+            self.stopped_at_kl = self.rollout["rollout/kl"]
             self.session.say(f"a KL of {self.rollout['rollout/kl']:.2f} nats is over ppo.kl_budget {budget}: PPO ends")
 
     def on_learn_batch_end(self, metrics: Mapping[str, float], experience: Experience) -> None:
@@ -170,6 +171,8 @@ class Watcher(Callback):
             "before": self.before.metrics,
             "after": self.after.metrics,
         }
+        if self.stopped_at_kl is not None:
+            summary["stopped_at_kl"] = self.stopped_at_kl
         if self.best_of is not None:
             count = self.session.config.evaluate.best_of
             summary[f"best_of_{count}"] = self.best_of.metrics | {"eval/kl_bound": kl_bound(count)}

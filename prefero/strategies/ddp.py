@@ -88,12 +88,13 @@ class DDPStrategy(Strategy):
 
     def verify(self, model: nn.Module) -> None:
         everyone = self.group.counts(_fingerprint(model))
-        usual = max(everyone, key=everyone.count)  # with two processes, rank 0's
-        others = [f"rank {rank}" for rank, own in enumerate(everyone) if own != usual]
-        if others:
+        usual = max(everyone, key=everyone.count)
+        majority = 2 * everyone.count(usual) > len(everyone)
+        others = [f"rank {rank}" for rank, own in enumerate(everyone) if own != usual or not majority]
+        if len(set(everyone)) > 1:
             raise BrokenRunError(
-                f"the {type(model).__name__} of {' and '.join(others)} has other weights than that of the other "
-                "processes: their results can no longer be trusted"
+                f"the weights of the {type(model).__name__} are no longer the same in all processes: "
+                f"{' and '.join(others)} {'went another way' if majority else 'disagree'}; nothing was saved"
             )
 
 

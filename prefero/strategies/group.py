@@ -40,12 +40,14 @@ class Group:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 immutable
     members: Any = None  # torch's process group; None is the one of all processes
     pulse: Pulse | None = None
+    patience: timedelta | None = None  # how long to wait for the others
 
     def apart(self) -> Group:
         """The same processes with a line of their own in main memory, which a background thread may use."""
         if self.world_size == 1:
             return self
-        return Group(self.rank, self.world_size, torch.device("cpu"), dist.new_group(backend="gloo"))
+        line = dist.new_group(backend="gloo", timeout=self.patience)
+        return Group(self.rank, self.world_size, torch.device("cpu"), line, patience=self.patience)
 
     def share(self, num_rows: int) -> Share:
         """This process's part of `num_rows` rows: consecutive ones, so that joined by rank they are in order again."""
@@ -148,11 +150,11 @@ def join(timeout: float) -> Group:
     timeout: seconds after which a process that waits for another gives up. Raises ValueError when only a part of what
     torchrun sets is there.
     """
-    cuda = torch.cuda.is_available()
+    cuda, deadline = torch.cuda.is_available(), timedelta(seconds=timeout)
     if dist.is_initialized():
-        return _member(cuda)
+        return _member(cuda, deadline)
     missing = [name for name in _LAUNCHED_BY if name not in os.environ]
-    backend, deadline = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if not missing:
         if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
             # On one machine nobody outside may listen in.
@@ -165,15 +167,15 @@ def join(timeout: float) -> Group:
             f"{', '.join(missing)} not set in the environment: start with `torchrun --nproc_per_node N -m prefero "
             "...`, or unset the rest to run one process"
         )
-    return _member(cuda)
+    return _member(cuda, deadline)
 
 
-def _member(cuda: bool) -> Group:
+def _member(cuda: bool, patience: timedelta) -> Group:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Group(rank, world_size, device, pulse=_pulse(rank, world_size))
+    return Group(rank, world_size, device, pulse=_pulse(rank, world_size), patience=patience)
 
 
 @cache

@@ -15,8 +15,9 @@ from prefero.faults import last_phase, next_phase
 
 _BEAT = 0.5  # seconds from one sign of life to the next, at most
 _PAUSE = 0.05  # and at least
+_FAILURES = 20  # signs of life in a row that did not get through, before it is given up
 _PATIENCE = 8.0  # seconds for the next beat of a process that is alive, on a machine that has much else to do
-_TALK = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out", "store")
+_TALK = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out")
 
 
 class BrokenRunError(RuntimeError):
@@ -41,21 +42,24 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
-        number = 1
-        try:
-            while True:
+        number, failures = 1, 0
+        while failures < _FAILURES:
+            try:
                 self._beat(number)
-                number += 1
-                time.sleep(_PAUSE)
-                next_phase(_BEAT)
-        except RuntimeError:  # the store went with the run's end
-            return
+                number, failures = number + 1, 0
+            except RuntimeError:  # slow for a moment, or gone with the end of the run
+                failures += 1
+            time.sleep(_PAUSE)
+            next_phase(_BEAT)
 
     def _beat(self, number: int) -> None:
         self._store.set(f"prefero/pulse/{self.rank}", f"{os.getpid()}.{number} {last_phase()}")
 
     def _read(self, rank: int) -> tuple[str, str]:
-        beat, _, phase = self._store.get(f"prefero/pulse/{rank}").decode().partition(" ")
+        key = f"prefero/pulse/{rank}"
+        if not self._store.check([key]):
+            return "", "start"
+        beat, _, phase = self._store.get(key).decode().partition(" ")
         return beat, phase
 
     def survey(self) -> str:

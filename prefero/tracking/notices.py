@@ -28,7 +28,7 @@ class Notice:
 
 
 def find_notices(history: History, summary: Mapping[str, Any], kl_bound: float = KL_BOUND) -> list[Notice]:
-    """All notices of a run: over-optimisation, KL, diversity, length, numbers that are not finite, damaged lines.
+    """All notices of a run: over-optimisation, KL, diversity, length, lost numbers, skipped steps, damaged lines.
 
     kl_bound: nats per completion above which the policy counts as far from the reference.
     """
@@ -40,6 +40,7 @@ def find_notices(history: History, summary: Mapping[str, Any], kl_bound: float =
         found += _length_drift(history, stage)
     found += _worse_than_before(summary)
     found += _not_finite(history)
+    found += _skipped(history)
     if history.num_damaged:
         found.append(
             Notice("note", "Damaged lines", f"{history.num_damaged} lines of metrics.jsonl could not be read.")
@@ -167,6 +168,20 @@ def _not_finite(history: History) -> Iterator[Notice]:
     if lost:
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         yield Notice("warning", "Numbers that are not finite", f"NaN or infinite: {', '.join(lost[:10])}{more}.")
+
+
+def _skipped(history: History) -> Iterator[Notice]:
+    """Optimizer steps that were not taken because a loss or gradient was not finite."""
+    for name, stages in history.series.items():
+        role, _, metric = name.partition("/")
+        values = [value for series in stages.values() for _, value in series.points()]
+        if metric == "skipped_max" and (count := sum(value > 0 for value in values)):
+            yield Notice(
+                "warning",
+                "Skipped optimizer steps",
+                f"The {role} did not learn from all batches of {count} of {len(values)} logged steps: a loss or "
+                "gradient was not finite.",
+            )
 
 
 def _named(stage: str) -> str:

@@ -85,7 +85,7 @@ class Trainer(ABC):
         self.sampler: DistributedSampler | None = None
         self._resumed: dict[str, int] | None = None
         self.should_stop = False
-        """Set by a callback after making experience, `fit` ends without learning from it."""
+        """A callback that sets this once experience was made ends `fit`, without learning from that experience."""
         self.shows_progress = True
         """Whether `fit` draws a bar on a terminal; a run with a display of its own switches it off."""
 

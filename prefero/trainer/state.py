@@ -67,14 +67,16 @@ def restore_learner(saved: Saved, learner: Learner) -> None:
     learner.steps.asked, learner.steps.skipped_in_a_row = kept["steps"]["asked"], kept["steps"]["skipped_in_a_row"]
     for group, numbers in zip(optimizer.param_groups, kept["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
+    fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for parameter, key in _held(optimizer, model):
         state: dict[str, Any] = {}
         for kind in kept["kinds"]:
             place = f"{name}_optimizer/{key}/{kind}"
             if place in saved.names:  # a parameter that never had a gradient has no state
+                # A fused kernel wants the count of steps where the weights are, the others in main memory.
                 scalar = kind == "step"
                 tensor = saved.tensor(place, like=None if scalar else parameter)
-                state[kind] = tensor if scalar else tensor.to(parameter.device)
+                state[kind] = tensor if scalar and parameter not in fused else tensor.to(parameter.device)
         if state:
             optimizer.state[parameter] = state
 

@@ -20,7 +20,7 @@ BatchT = TypeVar("BatchT")
 
 
 @dataclass
-class Steps:
+class StepCount:
     """The optimizer steps of one learner: how many there were, and how many of the latest had to be skipped."""
 
     asked: int = 0
@@ -38,7 +38,7 @@ class Learner:
     name: str
     model: nn.Module
     optimizer: Optimizer
-    steps: Steps = field(default_factory=Steps)
+    steps: StepCount = field(default_factory=StepCount)
 
     def __post_init__(self) -> None:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -60,7 +60,8 @@ class Learner:
             raise ValueError(
                 f"a loss or gradient of the {self.role} was not finite in {self.steps.skipped_in_a_row} optimizer "
                 f"steps in a row, from its step {first} on (each was skipped, the weights are as they were before it): "
-                "lower the learning rate, clip gradients (max_norm) or look for broken rows in the data"
+                "lower the learning rate, clip gradients (max_norm; in a config strategy.max_grad_norm), look for "
+                "broken rows in the data, or allow more of them (strategy.max_skipped)"
             )
 
 

@@ -42,7 +42,8 @@ def test_a_lost_process_is_named_and_the_run_goes_on(tmp_path: Path, kind: str) 
     seen = re.search(r"rank 1 does not answer any more, last seen in phase '(\w+)'", told[0])
     assert seen and seen[1] in ("load", "backward", "step"), told[0]
     assert "prefero resume run" in told[0]
-    assert "exitcode  : 76" in lost.stderr or kind == "kill", "what torchrun says of rank 0"
+    if kind == "stop":  # of a killed process torchrun reports that one
+        assert "exitcode  : 76" in lost.stderr
     assert took < 120, "six seconds' patience, the survey, and torchrun's half minute for what stands still"
     resumed = launch(tmp_path, "resume", "run")
     assert resumed.returncode == 0, resumed.stderr[-4000:]

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +42,10 @@ class Project(NamedTuple):
     folder: Path
     forks: Any
 
-    def run(self, out: str, fault: str = "") -> int:
+    def run(self, out: str, fault: str = "", options: Sequence[str] = ()) -> int:
         """Begins the pipeline or goes on with it, let fail where `fault` says; its exit status."""
         began = (self.folder / out).exists()
-        arguments = ["resume", out] if began else ["pipeline", "own.yaml", "--out", out]
+        arguments = ["resume", out] if began else ["pipeline", "own.yaml", "--out", out, *options]
         errors = self.folder / "errors.txt"
         status: int = self.forks.run(arguments, self.folder, {"PREFERO_FAULT": fault}, errors)
         assert "Traceback" not in errors.read_text(), errors.read_text()
@@ -116,6 +116,8 @@ def test_what_may_not_change_is_named(
     assert "ppo.kl_horizon (50, now 60)" in capsys.readouterr().err
     assert main(["pipeline", "own.yaml", "--resume"]) == 2
     assert "--out" in capsys.readouterr().err
+    assert main(["resume", "left-alone"]) == 2
+    assert "prefero report left-alone" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_an_error(
@@ -149,3 +151,24 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(project: Proje
     assert json.loads(next(left.rglob("latest.json")).read_text())
     assert project.run("full") == 0
     assert project.differing("full") == []
+
+
+def test_a_budget_of_kl_ends_ppo_early_and_a_resumed_run_ends_there_too(project: Project) -> None:
+    def summary(out: str) -> dict[str, Any]:
+        return json.loads((project.folder / out / "summary.json").read_text())  # type: ignore[no-any-return]
+
+    budget = ["--ppo.kl-budget", "1e-3", "--ppo.learning-rate", "3e-3"]
+    assert project.run("budget", options=budget) == 0
+    assert summary("budget")["stopped_at_kl"] > 1e-3
+    assert "stopped_at_kl" not in summary("left-alone")
+    rows = [json.loads(line) for line in (project.folder / "budget" / "metrics.jsonl").read_text().splitlines()]
+    ppo = [row for row in rows if row["stage"] == "ppo"]
+    assert [row["step"] for row in ppo if "actor/gradient_norm_max" in row] == [1], (
+        "learned from the first iteration only"
+    )
+    assert [row["step"] for row in ppo if "eval/kl" in row] == [0, 1], "the policy that is left is examined"
+
+    assert project.run("budget-killed", "kill@learn:2", options=budget) == -signal.SIGKILL
+    assert project.run("budget-killed") == 0
+    for name in FILES:
+        assert (project.folder / "budget-killed" / name).read_bytes() == (project.folder / "budget" / name).read_bytes()

@@ -5,7 +5,8 @@ python ranks.py FOLDER KIND [KIND ...]
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strateg
 from prefero.strategies.checkpoint import Checkpoint, Checkpoints
 from prefero.strategies.pulse import BrokenRunError
 from prefero.trainer.state import Snapshot, keep_learner
-from prefero.trainer.update import Learner
-from prefero.types import Prompt
+from prefero.trainer.update import Learner, update
+from prefero.types import Loss, Prompt
 
 KINDS: dict[str, Callable[[], Strategy]] = {
     "naive": lambda: NaiveStrategy("cpu"),
@@ -71,10 +72,11 @@ def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> d
     with strategy.model_init_context():
         actor, critic, judge = (kind(folder, lora_rank=lora_rank) for kind in (AutoActor, AutoCritic, AutoRM))
         fresh = AutoActor(config=gpt2_config())
-    models = (actor, critic, judge, fresh)
+        twin = deepcopy(fresh)
+    models = (actor, critic, judge, fresh, twin)
     out = {"empty before": all(any(p.is_meta for p in model.parameters()) for model in models)}
     optimizer = HybridAdam((p for p in actor.parameters() if p.requires_grad), lr=1e-2)
-    strategy.prepare((actor, optimizer), critic, judge, fresh)
+    strategy.prepare((actor, optimizer), critic, judge, fresh, twin)
     out["filled after"] = not any(p.is_meta for model in models for p in model.parameters())
     whole = {name: tensor.clone() for name, tensor in strategy.checkpoint_state(actor).items()}
     out["as stored"] = all(torch.equal(whole[name.removeprefix("model.")], tensor) for name, tensor in plain.items())
@@ -87,7 +89,10 @@ def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> d
     sizes = [float(tensor.abs().sum()) for model in models for tensor in strategy.whole_state(model).values()]
     out["alike"] = all(strategy.group.same(size) for size in sizes)
     ids = torch.arange(20).reshape(2, 10) % 7
-    out["fresh draws"] = bool(strategy.whole_state(fresh)["model.transformer.wte.weight"].std() > 0.01)
+    usual, here, there = AutoActor(config=gpt2_config()).state_dict(), *map(strategy.whole_state, (fresh, twin))
+    large = [name for name, tensor in usual.items() if tensor.numel() > 1000]
+    out["drawn as usual"] = len(large) > 8 and all(0.8 < here[name].std() / usual[name].std() < 1.25 for name in large)
+    out["copies alike"] = all(torch.equal(here[name], there[name]) for name in here)
     out["fresh tied"] = fresh.model.lm_head.weight is fresh.model.transformer.wte.weight
     with strategy.micro_batch(actor, last=True):
         strategy.backward(-actor(ids, 5).sum() / 40, actor, optimizer)
@@ -97,6 +102,21 @@ def built_without_weights(strategy: Strategy, folder: Path, lora_rank: int) -> d
     with torch.no_grad():
         out["judges"] = bool(judge(ids).isfinite().all()) and critic(ids, 3).shape == (2, 3)
     return out | {"sizes": sizes}
+
+
+def bad_loss_in_one_process(strategy: Strategy) -> dict[str, Any]:
+    """A loss that is not finite in the last process only: what the others made of the step."""
+    actor, optimizer, _ = train(strategy, 0, 1)
+    before = {name: tensor.clone() for name, tensor in strategy.whole_state(actor).items()}
+    factor = float("nan") if strategy.group.rank == strategy.group.world_size - 1 else 1.0
+
+    def losses(batch: torch.Tensor, total: float) -> Iterator[Loss]:
+        yield Loss("actor", -actor(batch, 5).sum() / total * factor, {})
+
+    ids, learner = torch.arange(20).reshape(2, 10) % 7, Learner("actor", "loss", actor, optimizer)
+    metrics = update(strategy, [learner], [ids], lambda batch: torch.tensor(1.0), losses)
+    after = strategy.whole_state(actor)
+    return {"skipped": metrics["actor/skipped_max"], "moved": not all(torch.equal(after[k], before[k]) for k in after)}
 
 
 def generate(strategy: Strategy, actor: Actor) -> list[list[int]]:
@@ -171,6 +191,9 @@ def main(kind: str, folder: Path) -> None:
     except BrokenRunError as error:
         errors["drifted"] = str(error)
     out["errors"] = errors
+    if kind not in ("bf16", "fp16"):
+        out["bad loss"] = bad_loss_in_one_process(strategy)
+        strategy.skipped_steps = 0
 
     if kind in ("zero2", "zero3") and (folder / "naive-base").is_dir():
         strategy.shard_init = True

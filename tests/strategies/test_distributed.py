@@ -87,8 +87,8 @@ def test_wrong_requests_are_explained(results: tuple[Path, dict[str, Any]]) -> N
     assert "rank0-of-2.pt" in found["zero3-4"]["errors"]["other world"]
     assert "this run has 4" in found["zero3-4"]["errors"]["other world"]
     assert "does not have" in found["zero3-2"]["errors"]["foreign optimizer"]
-    assert "Actor of rank 1 has other weights" in found["ddp-2"]["errors"]["drifted"]
-    assert "Actor of rank 3 has other weights" in found["ddp-4"]["errors"]["drifted"]
+    assert "rank 0 and rank 1 disagree" in found["ddp-2"]["errors"]["drifted"]
+    assert "processes: rank 3 went another way" in found["ddp-4"]["errors"]["drifted"]
     assert "drifted" not in found["zero3-2"]["errors"] and "drifted" not in found["naive-1"]["errors"]
 
 
@@ -100,6 +100,13 @@ def test_models_built_without_weights_are_filled_in_part_by_part(
     for found, alone in zip(results[1][name]["later"], results[1]["zero3-1"]["later"], strict=True):
         assert all(value for key, value in found.items() if key != "sizes"), found
         assert found["sizes"] == alone["sizes"], "what is drawn is what one process draws"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_loss_that_is_not_finite_in_one_process_moves_no_weights_in_any(
+    results: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    assert results[1][name]["bad loss"] == {"skipped": 1.0, "moved": False}
 
 
 def test_rows_are_shared_evenly_and_joined_in_order(results: tuple[Path, dict[str, Any]]) -> None:

@@ -124,6 +124,13 @@ def test_lost_numbers_and_lines_are_told() -> None:
     ]
 
 
+def test_skipped_steps_are_told() -> None:
+    rows = [{"step": step, "actor/skipped_max": float(step == 3), "critic/skipped_max": 0.0} for step in (1, 2, 3, 4)]
+    [notice] = find_notices(read_history(rows), {})
+    assert notice.title == "Skipped optimizer steps"
+    assert "The actor did not learn from all batches of 1 of 4 logged steps" in notice.text
+
+
 def test_a_resumed_run_replaces_the_steps_it_did_again() -> None:
     rows = [{"step": step, "a/x": float(step)} for step in (1, 2, 3, 4)] + [{"step": 3, "a/x": 30.0}]
     assert read_history(rows).series["a/x"][""].points() == [(1, 1), (2, 2), (3, 30)]
