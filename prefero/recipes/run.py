@@ -93,10 +93,11 @@ def _run(plan: Plan) -> int:
     if strategy.is_rank_0:
         print(f"run folder: {folder}", file=sys.stderr)
     try:
+        # Twice: inside a session SIGTERM, which torchrun sends to all when one has died, cuts no explanation off.
         with explained(strategy.group.pulse), open_session(
             plan.config, folder, strategy, overwrite=plan.overwrite, resume=plan.resume, stage=plan.stage,
             sources=sources,
-        ) as session:  # fmt: skip
+        ) as session, explained(strategy.group.pulse):  # fmt: skip
             _STAGES[plan.stage](session)
             session.report(session.run)
     except BrokenRunError as error:
