@@ -16,13 +16,17 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forks import Forks
 
@@ -38,6 +42,8 @@ SHORT = [
     "--evaluate.num-samples", "1", "--evaluate.max-pairs", "20", "--evaluate.max-demonstrations", "20",
     "--strategy.precision", "fp32", "--strategy.threads", "1", "--checkpoint.every", "1", "--checkpoint.minutes", "0",
 ]  # fmt: skip
+PATIENCE = 10
+SHARED = ["--strategy.kind", "ddp", "--strategy.timeout", str(PATIENCE)]
 FILES = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "checkpoints/sft/model/model.safetensors",
          "checkpoints/reward/model/model.safetensors", "checkpoints/ppo/metrics.jsonl")  # fmt: skip
 
@@ -130,12 +136,13 @@ def at_random(bench: Bench, kills: int) -> Iterator[Row]:
 
 
 def asked_to_stop(bench: Bench) -> Iterator[Row]:
-    """SIGTERM in every learn phase."""
-    row = Row("SIGTERM inside a learn phase", f"status {STOPPED}, saved; resumed, bitwise the run left alone")
-    for count in range(1, 9):
-        status = bench.run("term", f"term@learn:{count}")
-        row.add(status == STOPPED and bench.run("term") == 0 and bench.same("term"))
-    yield row
+    """SIGTERM and SIGINT in every learn phase."""
+    for kind, name in (("term", "SIGTERM"), ("int", "SIGINT (Ctrl-C)")):
+        row = Row(f"{name} inside a learn phase", f"status {STOPPED}, saved; resumed, bitwise the run left alone")
+        for count in range(1, 9):
+            status = bench.run(kind, f"{kind}@learn:{count}")
+            row.add(status == STOPPED and bench.run(kind) == 0 and bench.same(kind))
+        yield row
 
 
 def on_full_disk(bench: Bench) -> Iterator[Row]:
@@ -146,6 +153,61 @@ def on_full_disk(bench: Bench) -> Iterator[Row]:
         left = list((bench.folder / "full").rglob("*.part"))
         row.add(status == 2 and not left and bench.run("full") == 0 and bench.same("full"))
     yield row
+
+
+def lost(bench: Bench) -> Iterator[Row]:
+    """One of two processes that torchrun started is killed, stands still, or has its weights changed."""
+    must = f"the other ends by itself within {PATIENCE + 60:.0f} s, naming it and its phase; resumed to the end"
+    for kind, what in (("kill", "killed"), ("stop", "stopped (SIGSTOP)")):
+        row = Row(f"one of two processes {what}", must)
+        for rank, place in ((1, "backward:2"), (1, "rollout:1"), (1, "learn:3"), (0, "write:2")):
+            row.add(
+                _names_it(bench, f"{kind}@{place}:rank{rank}", rf"rank {rank} does not answer any more.* phase '\w+'")
+            )
+        yield row
+    row = Row("a weight changed in one of two processes", "noticed before anything is saved; resumed to the end")
+    for count in (1, 3, 8):
+        row.add(_names_it(bench, "", "rank 0 and rank 1 disagree", drift=count))
+    yield row
+
+
+def _names_it(bench: Bench, fault: str, words: str, drift: int = 0) -> bool:
+    """Whether a run of two processes that goes wrong says so in these words, in time, and is resumed to its end."""
+    out = bench.folder / "lost"
+    begun = _torchrun(["quickstart", *SHORT, *SHARED, "--out", str(out), "--overwrite"], fault, drift)
+    told = begun.returncode != 0 and re.search(rf"prefero: error: .*{words}", begun.stderr) is not None
+    ended = _torchrun(["resume", str(out)])
+    return (
+        told and ended.returncode == 0 and "heldout_reward_after" in (out / "summary.json").read_text(encoding="utf-8")
+    )
+
+
+def _torchrun(command: list[str], fault: str = "", drift: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two processes, and a deadline."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PREFERO_FAULT": fault, "DRIFT": str(drift)}
+    return subprocess.run(  # noqa: S603
+        [*launch, "--worker", *command], capture_output=True, text=True, timeout=PATIENCE + 240, env=environment
+    )
+
+
+def worker(command: list[str]) -> int:
+    """The command line; in the second process a weight changes by itself after so many optimizer steps, if asked."""
+    from prefero.cli import main as prefero
+    from prefero.strategies import DDPStrategy
+
+    steps, whole = int(os.environ["DRIFT"]), DDPStrategy.optimizer_step
+
+    def step(self: DDPStrategy, optimizer: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        done = whole(self, optimizer, **kwargs)
+        steps -= 1
+        if steps == 0 and os.environ["RANK"] == "1":
+            optimizer.param_groups[0]["params"][0].data[0] += 1e-3
+        return done
+
+    DDPStrategy.optimizer_step = step  # type: ignore[method-assign]
+    return prefero(command)
 
 
 def damaged(bench: Bench, mutations: int) -> Iterator[Row]:
@@ -249,6 +311,7 @@ def main() -> None:
         "random": lambda bench: at_random(bench, args.kills),
         "stop": asked_to_stop,
         "full": on_full_disk,
+        "lost": lost,
         "damage": lambda bench: damaged(bench, args.mutations),
     }
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
@@ -264,4 +327,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(worker(sys.argv[2:]))
     main()

@@ -2,24 +2,22 @@
 
 python benchmarks/parity.py [--json FILE] [--out DIR] [--cells NAME ...]
 
-Each cell is the quickstart, cut short, run by the command line as a user would: SFT, reward model and PPO. What is
-compared are all rows of metrics.jsonl and the exported weights of the three models; a number is the greatest absolute
-difference ("any metric": relative where the metric is above 1). Cells that are finished already are read, not repeated.
-Takes about a minute a cell on two CPU cores.
+Each cell is the quickstart, cut short, run by the command line: SFT, reward model and PPO. What is compared are all
+rows of metrics.jsonl and the exported weights of the three models; a number is the greatest absolute difference ("any
+metric": relative where the metric is above 1). Cells that are finished already are read, not repeated. Takes about a
+quarter of a minute a cell on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forks import Forks
 from safetensors.torch import load_file
 
 SHORT = {
@@ -31,8 +29,8 @@ SHORT = {
     "reward.max-rows": "200",
     "reward.learning-rate": "1e-4",
     "ppo.steps": "3",
-    "ppo.prompts-per-step": "13",
-    "ppo.train-batch-size": "8",
+    "ppo.prompts-per-step": "29",
+    "ppo.train-batch-size": "16",
     "ppo.max-new-tokens": "12",
     "ppo.eval-every": "0",
     "ppo.learning-rate": "1e-4",
@@ -44,22 +42,12 @@ SHORT = {
     "strategy.precision": "fp32",
     "strategy.threads": "1",
 }
-LORA = ["--model.lora-rank", "4", "--reward.lora-rank", "4"]
-CHECKPOINTING = ["--model.gradient-checkpointing"]
-
-
-def accumulation(times: int) -> list[str]:
-    """Options that cut every optimizer step of SHORT, shared by two processes, into so many forwards."""
-    sizes = {"sft": 16, "reward": 16, "ppo": 8}
-    return [word for stage, size in sizes.items() for word in (f"--{stage}.micro-batch-size", str(size // 2 // times))]
-
-
 VARIANTS = {
     "full": [],
-    "LoRA": LORA,
-    "accumulation 2": accumulation(2),
-    "accumulation 4": accumulation(4),
-    "activation checkpointing": CHECKPOINTING,
+    "LoRA": ["--model.lora-rank", "4", "--reward.lora-rank", "4"],
+    "accumulation 2": [],
+    "accumulation 4": [],
+    "activation checkpointing": ["--model.gradient-checkpointing"],
 }
 STRATEGIES = {
     "naive": ["--strategy.kind", "naive"],
@@ -92,31 +80,36 @@ class Cell:
     def folder(self) -> str:
         return self.name.replace("×", "-x").replace(", ", "-").replace(" ", "-").lower()
 
+    @property
+    def options(self) -> list[str]:
+        """What the command line is given; accumulation cuts each process's share of a batch of 16 in so many."""
+        options = [*(word for key, value in SHORT.items() for word in (f"--{key}", value)), *STRATEGIES[self.strategy]]
+        if self.variant.startswith("accumulation"):
+            size = str(16 // self.processes // int(self.variant.split()[1]))
+            options += [f"--{stage}.micro-batch-size={size}" for stage in ("sft", "reward", "ppo")]
+        return options + VARIANTS[self.variant]
+
 
 def cells() -> list[Cell]:
     """The matrix; every variant's naive cell comes first, because the others are compared with it."""
-    many = [("DDP", 2), ("ZeRO-1", 2), ("ZeRO-2", 2), ("ZeRO-3", 2), ("DDP", 4), ("ZeRO-3", 4)]
-    matrix = [Cell("naive", 1, "full"), Cell("naive", 1, "LoRA")]
-    matrix += [Cell("naive", 1, variant) for variant in VARIANTS if variant not in ("full", "LoRA")]
-    return matrix + [Cell(strategy, processes, variant) for variant in VARIANTS for strategy, processes in many]
+    shared = [strategy for strategy in STRATEGIES if strategy != "naive"]
+    matrix = [Cell("naive", 1, variant) for variant in VARIANTS]
+    matrix += [Cell(strategy, 1, "full") for strategy in shared]
+    return matrix + [
+        Cell(strategy, processes, variant) for variant in VARIANTS for processes in (2, 4) for strategy in shared
+    ]
 
 
-def run(cell: Cell, out: Path) -> Path:
+def run(cell: Cell, out: Path, forks: Forks) -> Path:
     """The run folder of a cell, made by the command line unless it is there already."""
     folder = out / cell.folder
-    if _finished(folder):
-        return folder
-    short = [word for key, value in SHORT.items() for word in (f"--{key}", value)]
-    launcher = [sys.executable, "-m"]
-    if cell.processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(cell.processes), "-m"]
-    command = [*launcher, "prefero", "quickstart", *short, *VARIANTS[cell.variant], *STRATEGIES[cell.strategy]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(  # noqa: S603
-        [*command, "--out", str(folder), "--overwrite"], capture_output=True, text=True, env=environment, timeout=900
-    )
-    if done.returncode:
-        raise SystemExit(f"{cell.name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    if not _finished(folder):
+        out.mkdir(parents=True, exist_ok=True)
+        command = ["quickstart", *cell.options, "--out", folder.name, "--overwrite"]
+        errors = out / f"{folder.name}.txt"
+        status = forks.run(command, out, errors=errors, processes=cell.processes)
+        if status:
+            raise SystemExit(f"{cell.name} ended with {status}:\n{errors.read_text(encoding='utf-8')[-4000:]}")
     return folder
 
 
@@ -171,14 +164,14 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", help="only these, by name, e.g. 'ZeRO-3×2, LoRA'")
     args = parser.parse_args()
     chosen = [cell for cell in cells() if not args.cells or cell.name in args.cells]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, Forks() as forks:
         out = args.out or Path(temporary)
         print(f"| cell | {' | '.join((*GROUPS, 'any metric', 'weights', 'samples that differ'))} |")
         print("|---|" + "---|" * (len(GROUPS) + 3))
         table: dict[str, dict[str, float]] = {}
         for cell in chosen:
-            reference = run(baseline(cell), out)
-            numbers = table[cell.name] = compare(run(cell, out), reference)
+            reference = run(baseline(cell), out, forks)
+            numbers = table[cell.name] = compare(run(cell, out, forks), reference)
             shown = " | ".join(f"{number:.0f}" if name.startswith("samples") else f"{number:.1e}"
                                for name, number in numbers.items())  # fmt: skip
             print(f"| {cell.name} | {shown} |", flush=True)

@@ -1,8 +1,8 @@
 """Faults on purpose: what a run must survive is made to happen at a named moment, by an environment variable.
 
-`PREFERO_FAULT=kill@learn:3` sends SIGKILL to the process the third time it comes to `learn`; `term`, `stop` and `full`
-are SIGTERM, SIGSTOP and a full disk; `kill@write:1:rank1` happens in that rank alone. Nothing is done without the
-variable.
+`PREFERO_FAULT=kill@learn:3` sends SIGKILL to the process the third time it comes to `learn`; `term`, `int`, `stop` and
+`full` are SIGTERM, SIGINT, SIGSTOP and a full disk; `kill@write:1:rank1` happens in that rank alone. Nothing is done
+without the variable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PHASES = (
     "load", "rollout", "score", "judge", "learn", "backward", "step", "sync", "evaluate", "export",
     "checkpoint", "write", "manifest", "rename", "pointer", "rotate",
 )  # fmt: skip
-_SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "stop": "SIGSTOP"}
+_SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "int": "SIGINT", "stop": "SIGSTOP"}
 _passed: Counter[str] = Counter()
 _last = "start"
 _moved = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,7 @@ def measure(rollouts: list[ScoredRollout], yardsticks: Yardsticks) -> Evaluation
         "eval/reward": statistics.fmean(rewards),
         "eval/length": statistics.fmean(len(r.completion.token_ids) for r in rollouts),
         "eval/ended": statistics.fmean(r.completion.finish_reason == "stop" for r in rollouts),
-        "eval/distinct_words": distinct_words([r.completion.text for r in rollouts]),
+        "eval/distinct_words": distinct_words(rollouts),
         "eval/distinct_completions": len({r.completion.text for r in rollouts}) / len(rollouts),
     }
     for name in rollouts[0].score.parts:
@@ -101,10 +102,18 @@ def measure(rollouts: list[ScoredRollout], yardsticks: Yardsticks) -> Evaluation
     return Evaluation(metrics, rollouts, gold or rewards, gold)
 
 
-def distinct_words(texts: Sequence[str]) -> float:
-    """Different words divided by words, over all texts together (1 when nothing repeats)."""
-    words = [word for text in texts for word in text.lower().split()]
-    return len(set(words)) / len(words) if words else 0.0
+def distinct_words(rollouts: Sequence[ScoredRollout]) -> float:
+    """Different words over words, in one answer to each prompt (1 when nothing repeats).
+
+    With several answers to each prompt it is the mean over the first answers, the second ones and so on: the ratio
+    falls with the number of texts, and would otherwise depend on how many were sampled.
+    """
+    answered: Counter[str] = Counter()
+    rounds: dict[int, list[str]] = {}
+    for rollout in rollouts:
+        rounds.setdefault(answered[rollout.prompt.id], []).extend(rollout.completion.text.lower().split())
+        answered[rollout.prompt.id] += 1
+    return statistics.fmean(len(set(words)) / len(words) if words else 0.0 for words in rounds.values())
 
 
 def paired_standard_error(before: Evaluation, after: Evaluation) -> float:

@@ -17,12 +17,6 @@ from prefero.strategies.group import Group
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def among_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks import what they share, as scripts in one folder do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 @pytest.mark.parametrize("name", ["benchmark_gpt_dummy", "benchmark_opt_lora_dummy"])
 def test_the_older_systems_recipe_runs_small(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script(FOLDER / f"{name}.py")

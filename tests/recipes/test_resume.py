@@ -2,12 +2,11 @@
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from scripts import load_script
 from test_pipeline import write_own_data
 
 from prefero.cli import main
@@ -58,15 +57,14 @@ class Project(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Project:
     """A user's project and the run that was left alone."""
     folder = tmp_path_factory.mktemp("project")
     write_own_data(folder, folder / "base")
     (folder / "own.yaml").write_text(CONFIG)
-    with load_script(Path(__file__).parents[2] / "benchmarks" / "forks.py").Forks() as forks:
-        made = Project(folder, forks)
-        assert made.run("left-alone") == 0
-        yield made
+    made = Project(folder, forks)
+    assert made.run("left-alone") == 0
+    return made
 
 
 @pytest.mark.parametrize(

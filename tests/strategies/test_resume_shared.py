@@ -8,13 +8,15 @@ from scripts import load_script
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def bench(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Any:
     script = load_script(Path(__file__).parents[2] / "benchmarks" / "resume.py")
-    return script.Bench(tmp_path_factory.mktemp("resume"))
+    return script.Bench(tmp_path_factory.mktemp("resume"), forks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "step"), [("DDP×2", 4), ("ZeRO-3×2", 9)])
+@pytest.mark.parametrize(
+    ("layout", "step"), [("naive", 6), ("DDP×2", 4), ("DDP×2", 11), ("ZeRO-3×2", 1), ("ZeRO-3×2", 9)]
+)
 def test_as_many_processes_end_it_bitwise(bench: Any, layout: str, step: int) -> None:
     assert bench.survives(layout, step)
 
