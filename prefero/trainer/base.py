@@ -103,7 +103,7 @@ class Trainer(ABC):
         the trainer learns from the buffer and empties it.
         """
         # Every process draws the same prompts and answers its share of them.
-        self.sampler = sampler = DistributedSampler(prompts)
+        self.sampler = sampler = DistributedSampler(prompts, seed=self.seed)
         if self._resumed is not None:
             sampler.load_state_dict(self._resumed)
         at, last = self.cursor, num_episodes * max_timesteps
