@@ -32,7 +32,7 @@ from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
 from prefero.strategies.checkpoint import Checkpoints
-from prefero.strategies.cpu import keep_freed_memory, prefer_onednn_fp32, set_threads
+from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
 from prefero.tracking.base import Tracker, Trackers
 from prefero.tracking.console import ConsoleTracker
 from prefero.tracking.jsonl import JsonlTracker
@@ -210,8 +210,6 @@ def make_strategy(config: Config) -> Strategy:
         strategy = FSDPStrategy(
             s.stage, s.offload, **common, seed=config.seed, timeout=s.timeout, shard_init=s.shard_init
         )
-    if strategy.device.type == "cpu" and s.kind != "fsdp":
-        keep_freed_memory()
     strategy.max_skipped = s.max_skipped
     return strategy
 

@@ -48,32 +48,17 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_... of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed for what comes next, where it is glibc.
-
-    Left alone it hands tensors above 32 MB back to the system, which clears every page again for the next one.
-    """
-    _tune_malloc((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-
-
 def return_freed_memory() -> None:
     """Lets the C library give large blocks back to the system as soon as they are freed, where it is glibc.
 
     Left alone it learns to keep blocks of up to 32 MB for later, which is most of what sharing weights out saves.
     """
-    _tune_malloc((_MMAP_THRESHOLD, 1 << 18))  # setting it also ends the learning
-
-
-def _tune_malloc(*settings: tuple[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    for name, value in settings:
-        mallopt(name, value)
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also ends the learning
+    mallopt(mmap_threshold, 1 << 18)
 
 
 def usable_cores() -> int:
