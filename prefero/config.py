@@ -370,9 +370,22 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield f"model.tokenizer is {c.model.tokenizer!r} but model.path is empty; give both or neither"
     if c.evaluate.gold == "trained":
         yield "evaluate.gold is `trained`, the reward itself; name an independent scorer, e.g. vader, or leave it empty"
-    if c.data.world != "files" and (c.data.sft or c.data.preferences or c.data.prompts):
-        yield f"data.world {c.data.world!r} brings its own rows, but a data path is given too; set data.world to files"
+    data, plain = c.data, DataConfig()
+    for key in _KEYS_OF_FILES:
+        if c.data.world != "files" and getattr(data, key) != getattr(plain, key):
+            yield (
+                f"data.{key} is {getattr(data, key)!r}, but data.world {data.world!r} brings its own rows; "
+                "set data.world to files, or leave the key out"
+            )
+    for name in c.ppo.rewards:
+        if not name.isidentifier():
+            yield f"ppo.rewards names a part {name!r}; name it with letters, digits and underscores only"
 
+
+_KEYS_OF_FILES = (
+    "sft", "preferences", "prompts", "sft_heldout", "preferences_heldout", "prompts_heldout", "heldout_fraction",
+    "max_bad_rows",
+)  # fmt: skip
 
 KINDS_OF_KEYS = {
     "stage": ("fsdp",),

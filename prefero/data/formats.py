@@ -169,6 +169,11 @@ def _spaced(prompt: str, answer: str) -> str:
     return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else f" {answer}"
 
 
+def as_messages(prompt: Question | Sequence[Message]) -> tuple[Message, ...]:
+    """A string becomes one user message; messages stay."""
+    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+
+
 # --- the shapes ----------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +200,9 @@ def _pair(row: Row) -> tuple[Question, str, str, float]:
     for name in ("chosen", "rejected"):
         if isinstance(row.get(name), (list, tuple)):
             before, answer = _last_answer(row[name], name)
-            if before and before != prompt:
+            if before and before != as_messages(prompt):
                 raise BadRowError(f"column {name!r} does not continue the messages of 'prompt'")
+            prompt = before or prompt  # a plain 'prompt' beside whole talks only repeats what was asked
             answers.append(answer)
         else:
             answers.append(_text(row, name))

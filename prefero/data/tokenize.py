@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from prefero.data.formats import Comparison, Conversation, Demonstration, PromptRow, Question, SFTRow
+from prefero.data.formats import (
+    Comparison,
+    Conversation,
+    Demonstration,
+    PromptRow,
+    Question,
+    SFTRow,
+    as_messages,
+)
 from prefero.data.spelling import encode_continuation, encode_following, encode_plain, encode_rendered, facts, frame
 from prefero.data.templates import guard_messages, render, segments
 from prefero.types import Message, Prompt
@@ -48,11 +56,6 @@ class EncodedComparison:
 # --- prompts and completions ---------------------------------------------------------------------------------------
 
 
-def as_messages(prompt: Question | Sequence[Message]) -> tuple[Message, ...]:
-    """A string becomes one user message; messages stay."""
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
-
-
 def encode_prompt(
     tokenizer: Any,
     prompt: Question | Sequence[Message],
@@ -65,7 +68,8 @@ def encode_prompt(
 ) -> Prompt:
     """A prompt ready to be continued: BOS if used, the text, and for messages the template's generation prompt.
 
-    chat: put a string through the chat template as a user message. Messages are kept under columns["messages"].
+    chat: put a string through the chat template as a user message. What was asked, as messages, is kept under
+    columns["messages"] (and not what a row of that name may hold besides: the answer to imitate).
     truncate: "left" keeps the BOS and the last tokens, "right" the first; messages are never cut, a torn template is no
     prompt. Raises TooLongError (a ValueError naming the row) over `max_length` tokens otherwise ("drop" is for
     `encode_prompts`), and ValueError for an empty prompt.
@@ -75,7 +79,7 @@ def encode_prompt(
     as_chat = chat or not isinstance(prompt, str)
     if as_chat:
         messages = as_messages(prompt)
-        further.setdefault("messages", list(messages))
+        further["messages"] = list(messages)
         guard = guard_messages(tokenizer, messages)
         rendered = render(tokenizer, messages, guard, add_generation_prompt=True)
         ids, text = encode_rendered(tokenizer, rendered, guard), guard.show(rendered)

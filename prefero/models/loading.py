@@ -88,6 +88,14 @@ def _unknown(name: str) -> str:
     )
 
 
+def _unreadable(name: str, source: str, error: OSError) -> str:
+    """What to say of a model that transformers could not read: of a folder why, of anything else that it is unknown."""
+    why = " ".join(str(error).split())
+    if Path(source).exists():
+        return f"model {name!r} cannot be read: {why}; complete the folder, or name another model"
+    return f"{_unknown(name)}; the hub's answer was: {why[:300]}"
+
+
 def check_no_code(name_or_path: str, trust_remote_code: bool) -> None:
     """Refuses a model whose configuration asks to run code of its own, unless the user trusts it.
 
@@ -106,7 +114,8 @@ def check_no_code(name_or_path: str, trust_remote_code: bool) -> None:
         for key in _code_keys(content):
             raise ValueError(
                 f"{file}: the key {key!r} makes the model run code of its own. Read that code, and if you trust it "
-                "pass trust_remote_code=True; otherwise choose another model"
+                "pass trust_remote_code=True (--model.trust-remote-code for a run, --trust-remote-code for generate "
+                "and chat); otherwise choose another model"
             )
 
 
@@ -173,7 +182,7 @@ def load_config(name_or_path: str | Path, options: LoadOptions | None = None, **
         with quiet():
             config = AutoConfig.from_pretrained(**where, trust_remote_code=options.trust_remote_code, **changes)
     except OSError as error:
-        raise ValueError(_unknown(str(name_or_path))) from error
+        raise ValueError(_unreadable(str(name_or_path), source, error)) from error
     return keep_layers(config, options.num_layers)
 
 
@@ -249,7 +258,7 @@ def _load_weights(
         with quiet():
             model, info = auto_class.from_pretrained(**where, dtype=dtype, output_loading_info=True, **extra)
     except OSError as error:
-        raise ValueError(_unknown(pretrained)) from error
+        raise ValueError(_unreadable(pretrained, source, error)) from error
     except RuntimeError as error:
         raise ValueError(f"model {pretrained!r} cannot be loaded as {auto_class.__name__}: {error}") from error
     if "gguf_file" in where:
@@ -340,7 +349,7 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(_unknown(str(name_or_path))) from error
+        raise ValueError(_unreadable(str(name_or_path), source, error)) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"tokenizer {str(name_or_path)!r} has neither a pad nor an EOS token: add one and save it")

@@ -12,7 +12,9 @@ from prefero.data import encode_comparison
 from prefero.models.loading import LoadOptions, load_config, load_tokenizer
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import load_prompts
-from prefero.recipes.rewards import check_part
+from prefero.recipes.reward import read_comparisons
+from prefero.recipes.rewards import check_part, parts_or_default
+from prefero.recipes.sft import read_demonstrations
 from prefero.recipes.sources import Sources, Split, open_sources, tell_dropped
 from prefero.strategies.naive import pick_device
 
@@ -28,16 +30,12 @@ def preflight(config: Config, command: str) -> Sources:
     pick_device(config.strategy.device or None)
     sources = open_sources(config.data, config.seed)
     policy = _check_policy(config, command, stages, sources)
-    if config.data.world == "files":
-        for split in _SPLITS:
-            if "sft" in stages:
-                sources.sft(split)
-            if "reward" in stages:
-                sources.preferences(split)
+    if "sft" in stages:
+        _check_demonstrations(config, sources, policy)
     if "reward" in stages:
-        _check_judge(config, sources, policy)
+        _check_comparisons(config, sources, policy)
     if "ppo" in stages:
-        _check_ppo(config, sources, policy)
+        _check_ppo(config, sources, policy, trained="reward" in stages)
     return sources
 
 
@@ -83,24 +81,34 @@ def _check_policy(config: Config, command: str, stages: set[str], sources: Sourc
     return None
 
 
-def _check_judge(config: Config, sources: Sources, policy: _Policy | None) -> None:
-    """The reward model's backbone, and that its tokenizer can read a comparison (a chat needs its template)."""
+def _check_demonstrations(config: Config, sources: Sources, policy: _Policy | None) -> None:
+    """That every row can be read by the tokenizer and fits; of a world, whose rows are known, that it is there."""
+    assert policy is not None, "checked before"
+    if config.data.world != "files":
+        sources.sft("heldout")
+        return
+    for split in _SPLITS:
+        read_demonstrations(config, sources, policy.tokenizer, split, Limits.of(policy.settings))
+
+
+def _check_comparisons(config: Config, sources: Sources, policy: _Policy | None) -> None:
+    """The reward model's backbone, and that its tokenizer can read every comparison (a chat needs its template)."""
     if config.reward.model == "policy":
         assert policy is not None, "checked before"
-        tokenizer = policy.tokenizer
+        settings, tokenizer = policy
     else:
         trust = config.model.trust_remote_code
-        load_config(config.reward.model, LoadOptions(trust_remote_code=trust))
+        settings = load_config(config.reward.model, LoadOptions(trust_remote_code=trust))
         tokenizer = load_tokenizer(config.reward.model, trust_remote_code=trust)
-    encode_comparison(tokenizer, sources.preferences("train")[0], chat=config.data.chat)
+    if config.data.world != "files":
+        encode_comparison(tokenizer, sources.preferences("heldout")[0], chat=config.data.chat)
+        return
+    for split in _SPLITS:
+        read_comparisons(config, sources, tokenizer, split, Limits.of(settings))
 
 
-def _check_ppo(config: Config, sources: Sources, policy: _Policy | None) -> None:
+def _check_ppo(config: Config, sources: Sources, policy: _Policy | None, *, trained: bool) -> None:
     ppo = config.ppo
-    for name, part in ppo.rewards.items():
-        check_part(name, part)
-    if config.evaluate.gold:
-        check_part("gold", RewardPart(use=config.evaluate.gold))
     assert policy is not None, "checked before"
     settings, tokenizer = policy
     layers = settings.get_text_config().num_hidden_layers
@@ -115,3 +123,7 @@ def _check_ppo(config: Config, sources: Sources, policy: _Policy | None) -> None
             tell_dropped(left_out, f"prompts ({split})", f"data.max_prompt_length {config.data.max_prompt_length}")
         for prompt in prompts:
             limits.check(prompt.id, prompt.token_ids, cure, reserve=ppo.max_new_tokens)
+        for name, part in parts_or_default(ppo.rewards).items():
+            check_part(name, part, prompts, trained=trained)
+        if config.evaluate.gold:
+            check_part("gold", RewardPart(use=config.evaluate.gold), prompts, trained=False)

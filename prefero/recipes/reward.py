@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from prefero.config import Config
 from prefero.data import (
     Comparison,
     Demonstration,
@@ -24,7 +25,7 @@ from prefero.models.trunk import evaluating
 from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
-from prefero.recipes.sources import Split, spread
+from prefero.recipes.sources import Sources, Split, spread
 from prefero.trainer import RewardModelTrainer
 from prefero.types import Metrics, PreferenceBatch
 
@@ -87,24 +88,32 @@ def score_statistics(model: RewardModel, batches: Iterable[PreferenceBatch]) -> 
     return float(scores.mean()), float(scores.std())
 
 
-def comparisons(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, PreferenceBatch]:
-    """The split's comparisons in batches; those about one prompt (or film) meet, so a shared text is read once."""
-    config, settings = session.config, session.config.reward
-    rows = session.sources.preferences(split)
-    limit = settings.max_rows if split == "train" else config.evaluate.max_pairs
-    if limit:
-        rows = spread(rows, limit)
-    group_by = session.sources.group_by
+class Comparisons(NamedTuple):
+    """The encoded comparisons of a split with what they are about, and how many of their texts were cut."""
 
+    items: list[tuple[str, EncodedComparison]]
+    num_texts: int
+    num_cut: int
+
+
+def read_comparisons(config: Config, sources: Sources, tokenizer: Any, split: Split, limits: Limits) -> Comparisons:
+    """The split's comparisons as this stage learns them. Raises ValueError naming the row that cannot be read."""
+    rows = sources.preferences(split)
+    if limit := config.reward.max_rows if split == "train" else config.evaluate.max_pairs:
+        rows = spread(rows, limit)
+    group_by, max_length = sources.group_by, limits.shorten(config.reward.max_length)
     known: dict[tuple[str, str], tuple[int, ...]] = {}
+    cut: set[tuple[str, str]] = set()
 
     def read(row: Comparison, answer: str) -> tuple[int, ...]:
         # One text often stands in many comparisons, and tokenising is the slow part.
         key = (repr(row.prompt), answer)
         if key not in known:
             whole = encode_sft(tokenizer, Demonstration(row.id, row.prompt, answer), chat=config.data.chat)
-            known[key] = keep_end(tokenizer, whole.token_ids, limits.shorten(settings.max_length))
+            known[key] = keep_end(tokenizer, whole.token_ids, max_length)
             limits.check(row.id, known[key], "lower reward.max_length")
+            if len(known[key]) < len(whole.token_ids):
+                cut.add(key)
         return known[key]
 
     items = [
@@ -114,9 +123,21 @@ def comparisons(session: Session, tokenizer: Any, split: Split, limits: Limits) 
         )
         for row in rows
     ]
+    return Comparisons(items, len(known), len(cut))
+
+
+def comparisons(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, PreferenceBatch]:
+    """The split's comparisons in batches; those about one prompt (or film) meet, so a shared text is read once."""
+    config, settings = session.config, session.config.reward
+    read = read_comparisons(config, session.sources, tokenizer, split, limits)
+    if read.num_cut:
+        session.say(
+            f"reward ({split}): {read.num_cut} of {read.num_texts} texts are cut to their last "
+            f"{limits.shorten(settings.max_length)} tokens (reward.max_length)"
+        )
     filler = pad_id(tokenizer)
     return Loader(
-        items,
+        read.items,
         settings.batch_size,
         lambda batch: collate_comparisons([encoded for _, encoded in batch], filler),
         shuffle=split == "train",

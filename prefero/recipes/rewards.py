@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from prefero.rewards.combined import WeightedSum
 from prefero.rewards.functions import FunctionReward, load_function
 from prefero.rewards.model import ModelReward
 from prefero.rewards.rules import Contains, EndsWithEOS, LengthPenalty, MaxWords, NoRepetition, Vader
+from prefero.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,13 @@ def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
 
     Raises ConfigError naming the part that cannot be built and the forms `use` may take.
     """
-    if not parts:
-        parts = {"reward_model": RewardPart(use="trained")}
-    return WeightedSum({name: (build_part(name, part, how), part.weight) for name, part in parts.items()})
+    chosen = parts_or_default(parts)
+    return WeightedSum({name: (build_part(name, part, how), part.weight) for name, part in chosen.items()})
+
+
+def parts_or_default(parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart]:
+    """The parts of a reward; none named: the reward model just trained."""
+    return parts or {"reward_model": RewardPart(use="trained")}
 
 
 def build_part(name: str, part: RewardPart, how: Judging) -> Reward:
@@ -53,11 +58,7 @@ def build_part(name: str, part: RewardPart, how: Judging) -> Reward:
     kind, _, rest = part.use.partition(":")
     if part.use == "trained":
         if how.trained is None:
-            raise ConfigError(
-                f"ppo.rewards.{name}.use is `trained`, but no reward model was trained before this stage; "
-                f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model "
-                "(`prefero evaluate` takes it as --reward-model)"
-            )
+            raise ConfigError(_untrained(name))
         return load_model_reward(str(how.trained), how, part.clamp)
     if kind == "model":
         return load_model_reward(rest, how, part.clamp)
@@ -75,12 +76,28 @@ def build_part(name: str, part: RewardPart, how: Judging) -> Reward:
     )
 
 
-def check_part(name: str, part: RewardPart) -> None:
-    """Raises what `build_part` would, without reading a reward model's weights: for the time before training."""
+def _untrained(name: str) -> str:
+    return (
+        f"ppo.rewards.{name}.use is `trained`, but no reward model was trained before this stage; "
+        f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model "
+        "(`prefero evaluate` takes it as --reward-model)"
+    )
+
+
+def check_part(name: str, part: RewardPart, prompts: Sequence[Prompt], *, trained: bool) -> None:
+    """Raises what `build_part`, or the reward at one of these prompts, would; reads no reward model's weights.
+
+    trained: whether there will be what `trained` means.
+    """
     if part.use.startswith("model:"):
         check_judge(part.use.removeprefix("model:"))
     elif part.use != "trained":
-        build_part(name, part, Judging(None))
+        reward = build_part(name, part, Judging(None))
+        if isinstance(reward, FunctionReward):
+            for prompt in prompts:
+                reward.check(prompt)
+    elif not trained:
+        raise ConfigError(_untrained(name))
 
 
 @contextmanager

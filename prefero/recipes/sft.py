@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+from prefero.config import Config
 from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
 from prefero.data.formats import SFTRow
 from prefero.data.tokenize import Example, TooLongError
 from prefero.recipes.limits import Limits
 from prefero.recipes.session import Session, Steps, adamw, load_policy, num_parameters, schedule, set_up_machine
-from prefero.recipes.sources import Split, spread, tell_dropped
+from prefero.recipes.sources import Sources, Split, spread
 from prefero.trainer import SFTTrainer
 from prefero.types import TokenBatch
 
@@ -45,9 +46,20 @@ def train_sft(session: Session) -> None:
     session.finish({"stage": "sft", **metrics})
 
 
-def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:
-    config, settings = session.config, session.config.sft
-    rows = session.sources.sft(split)
+class Demonstrations(NamedTuple):
+    """The encoded rows of a split, and how many were left out or cut for being too long."""
+
+    examples: list[Example]
+    num_dropped: int
+    num_cut: int
+
+
+def read_demonstrations(
+    config: Config, sources: Sources, tokenizer: Any, split: Split, limits: Limits
+) -> Demonstrations:
+    """The split's rows as this stage learns them. Raises ValueError naming one that cannot be read or is too long."""
+    settings = config.sft
+    rows = sources.sft(split)
     if limit := settings.max_rows if split == "train" else config.evaluate.max_demonstrations:
         rows = spread(rows, limit)
 
@@ -63,10 +75,24 @@ def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> L
         return example
 
     examples = encode_rows(rows, encode, drop=config.data.truncate == "drop")
-    tell_dropped(len(rows) - len(examples), f"sft ({split})", f"sft.max_length {settings.max_length}")
+    num_cut = sum(example.token_ids[-1] != tokenizer.eos_token_id for example in examples)
+    return Demonstrations(examples, len(rows) - len(examples), num_cut)
+
+
+def _loader(session: Session, tokenizer: Any, split: Split, limits: Limits) -> Loader[Any, TokenBatch]:
+    config, settings = session.config, session.config.sft
+    read = read_demonstrations(config, session.sources, tokenizer, split, limits)
+    limit = f"sft.max_length {settings.max_length} tokens"
+    if read.num_dropped:
+        session.say(f"sft ({split}): {read.num_dropped} rows left out, longer than {limit}")
+    if read.num_cut:
+        session.say(
+            f"sft ({split}): {read.num_cut} of {len(read.examples)} rows are cut at {limit}; neither their rest nor "
+            "their end is learned"
+        )
     filler = pad_id(tokenizer)
     return Loader(
-        examples,
+        read.examples,
         settings.batch_size,
         lambda batch: collate_examples(batch, filler),
         shuffle=split == "train",

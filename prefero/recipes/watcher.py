@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
@@ -71,7 +72,7 @@ class Watcher(Callback):
         count = self.session.config.evaluate.best_of
         if count:
             exam = self.examination
-            with self.session.strategy.whole(self.actor):
+            with self._sampling():
                 best = best_of_n(exam.prompts, self.engine, exam.reward, count, exam.sampling, exam.group)
             self.best_of = measure(best, exam.yardsticks)
 
@@ -125,12 +126,19 @@ class Watcher(Callback):
 
     def _examine(self, step: int) -> Evaluation:
         fault("evaluate")
-        with self.session.strategy.whole(self.actor):
+        with self._sampling():
             evaluation = self.examination(self.engine)
-        kl = kl_from_reference(evaluation.rollouts, self.reference, self.session.config.ppo.temperature)
+        with self.session.strategy.autocast():
+            kl = kl_from_reference(evaluation.rollouts, self.reference, self.session.config.ppo.temperature)
         evaluation.metrics["eval/kl"] = sum(kl) / len(kl)
         self.session.tracker.log(evaluation.metrics, step)
         return evaluation
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """As the trainer samples: the policy whole, in the precision of the run."""
+        with self.session.strategy.whole(self.actor), self.session.strategy.autocast():
+            yield
 
     def keep(self, snapshot: Snapshot) -> None:
         """Puts the examinations and the iteration's numbers so far into a snapshot."""

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from prefero.rewards.base import as_number, reward_name
-from prefero.types import Rollout, Score
+from prefero.types import Prompt, Rollout, Score
 
 
 class FunctionReward:
@@ -48,15 +48,19 @@ class FunctionReward:
         """One score a rollout."""
         return [self._score(rollout) for rollout in rollouts]
 
-    def _score(self, rollout: Rollout) -> Score:
-        columns = rollout.prompt.columns
-        missing = sorted(self._needs - columns.keys())
+    def check(self, prompt: Prompt) -> None:
+        """Raises ValueError when the prompt's row lacks a column that the function needs."""
+        missing = sorted(self._needs - prompt.columns.keys())
         if missing:
             raise ValueError(
-                f"reward function {self.name!r} needs the column {missing[0]!r}, which prompt {rollout.prompt.id!r} "
-                f"does not have (it has {sorted(columns)}): name the column in the data, or give the parameter a "
-                "default"
+                f"reward function {self.name!r} needs the column {missing[0]!r}, which prompt {prompt.id!r} "
+                f"does not have (it has {sorted(prompt.columns)}): name the column in the data, or give the parameter "
+                "a default"
             )
+
+    def _score(self, rollout: Rollout) -> Score:
+        self.check(rollout.prompt)
+        columns = rollout.prompt.columns
         wanted = {
             name: value
             for name, value in columns.items()

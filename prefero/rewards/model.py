@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,10 @@ class ModelReward:
                 empty = Prompt(rollout.prompt.id, self._prefix, "")
                 prompts[text] = encode_prompt(self.tokenizer, text, rollout.prompt.id) if text else empty
             ids = encode_example(self.tokenizer, prompts[text], completion).token_ids
-        self.num_truncated += len(ids) > self.max_length
+        if len(ids) > self.max_length:
+            if not self.num_truncated:
+                warnings.warn(f"a reward model reads the last {self.max_length} tokens of longer texts", stacklevel=3)
+            self.num_truncated += 1
         return list(keep_end(self.tokenizer, ids, self.max_length))
 
     def _outputs(self, texts: Sequence[Sequence[int]]) -> list[float]:

@@ -60,8 +60,8 @@ class HFEngine:
 
     actor: an `Actor`, or a transformers or PEFT model (an active LoRA adapter is used as it stands). tokenizer: only
     decodes text and names EOS. batch_size: completions decoded at once. eos_token_ids: tokens that end a completion;
-    by default the tokenizer's, else the model's; an empty sequence for none. It computes in whatever precision the
-    model, or an autocast around the call, has. Raises ValueError when there is no EOS to be found.
+    by default the tokenizer's and those of the model's generation config; an empty sequence for none. It computes in
+    whatever precision the model, or an autocast around the call, has. Raises ValueError where there is no EOS.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class HFEngine:
 
     def _eos(self, asked: Sequence[int] | None) -> frozenset[int]:
         found: Any = asked
-        if found is None:
-            found = self.tokenizer.eos_token_id
-        if found is None:
-            found = getattr(self.model.generation_config, "eos_token_id", None)
+        if found is None:  # a chat's turn often ends with another token than a text
+            further = getattr(self.model.generation_config, "eos_token_id", None)
+            named = [self.tokenizer.eos_token_id, *(further if isinstance(further, list | tuple) else [further])]
+            found = [token for token in named if token is not None] or None
         if found is None:
             raise ValueError(
                 "engine eos_token_ids is None and neither tokenizer nor model names an EOS token: give the ids of the "
                 "tokens that end an answer, or () to always run to max_new_tokens"
             )
-        ids = frozenset([found] if isinstance(found, int) else found)
+        ids = frozenset(found)
         vocabulary = int(self._config.vocab_size)
         if not all(0 <= token < vocabulary for token in ids):
             raise ValueError(

@@ -172,10 +172,8 @@ def _summary(run: RunFolder, notices: list[Notice]) -> dict[str, Any]:
     except ValueError as error:
         notices.append(Notice("warning", "The summary cannot be read", str(error)[:500]))
         return {}
-    if not set(summary) - {"versions"}:
-        notices.append(
-            Notice("note", "Not finished", "This run has written no summary: it goes on, or it was stopped.")
-        )
+    if "seconds" not in summary:
+        notices.append(Notice("note", "Not finished", "This run has not ended: it goes on, or it was stopped."))
     return summary
 
 

@@ -133,7 +133,10 @@ class RunFolder:
             raise ValueError(f"{self.config_file} cannot be read as YAML: {error}") from error
 
     def summary(self) -> dict[str, Any]:
-        """The numbers a run ended with; only the versions while it has not ended. Raises ValueError when damaged."""
+        """The numbers a run ended with; before that only its command and the versions.
+
+        Raises ValueError when the file is damaged.
+        """
         try:
             summary = json.loads(self.summary_file.read_bytes())
         except (ValueError, RecursionError) as error:

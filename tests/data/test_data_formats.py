@@ -107,6 +107,7 @@ def test_messages_in_every_place() -> None:
         one(to_preferences, prompt=ask, chosen=[say], rejected=[other]),
         one(to_preferences, prompt=ask, chosen="a", rejected="b"),
         one(to_preferences, chosen=[*ask, say], rejected=[*ask, other]),
+        one(to_preferences, prompt="q", chosen=[*ask, say], rejected=[*ask, other]),
     ):
         assert (pair.prompt, pair.chosen, pair.rejected) == (tuple(ask), "a", "b")
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers_zoo import CHATML, NO_EOS, REWRITES, ZOO, chatml, gpt2_like, llama2_like, llama3_like
 from transformers import PreTrainedTokenizerFast
 
-from prefero.data.formats import Comparison, Conversation, Demonstration, PromptRow
+from prefero.data.formats import Comparison, Conversation, Demonstration, PromptRow, to_prompts
 from prefero.data.spelling import encode_continuation, encode_plain, encode_rendered, frame, pad_id
 from prefero.data.templates import Guard, guard_messages, render, segments, special_strings
 from prefero.data.tokenize import (
@@ -329,6 +329,11 @@ def test_rows_of_messages_go_through_the_template() -> None:
     two = encode_sft(tokenizer, Demonstration("r1", talk[:1], talk[1]["content"]))
     three = encode_sft(tokenizer, Demonstration("r1", talk[0]["content"], talk[1]["content"]), chat=True)
     assert one == two == three == encode_conversation(tokenizer, talk)
+
+
+def test_who_scores_is_not_shown_the_answer_of_the_data() -> None:
+    (prompt,) = encode_prompts(chatml(), to_prompts([{"messages": TALK[:2], "movie": "x"}]))
+    assert prompt.columns == {"movie": "x", "messages": list(TALK[:1])}
 
 
 def test_a_vocabulary_without_letters_or_unk() -> None:

@@ -136,6 +136,12 @@ def test_unknown_models_are_named_with_near_matches_and_a_cure(folder: Path, mon
         load_causal_lm("./empty")
 
 
+def test_a_folder_without_weights_is_not_called_unknown(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read: .*model\.safetensors.*complete the folder"):
+        load_causal_lm(folder)
+
+
 def test_missing_weights_are_an_error_not_random_numbers(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 3

@@ -26,11 +26,15 @@ def several(prompt, completion, **columns):
     return [1.0, 2.0]
 def fails(prompt, completion, **columns):
     return columns["answer"]
+def needs(prompt, completion, answer):
+    return 1.0
 def waits(prompt, completion, **columns):
     import time
     print("WAITING", flush=True)
     time.sleep(60)
 """
+TALK = [{"role": "user", "content": "how"}]
+LATE = json.dumps({"prompt": TALK, "chosen": "good", "rejected": "bad"})  # messages, without a template for them
 CONFIG = """
 data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
 model: {path: base}
@@ -67,6 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "no_column.jsonl": ['{"promt": "how"}'] * 9,
         "long.jsonl": [*lines, json.dumps({"prompt": "good bad " * 100})],
         "no_answer.jsonl": ['{"prompt": "how", "completion": ""}'] * 9,
+        "late.jsonl": [*(tmp_path / "pairs.jsonl").read_text().splitlines()[:8], LATE],
     }
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(row + "\n" for row in rows))
@@ -107,6 +112,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--rewards.r.use", "model:nowhere"], ["unknown model 'nowhere'"]),
         (["--rewards.r.use", "nowhere.py:f"], ["there is no file"]),
         (["--rewards.r.use", "rewards.py:fien"], ["did you mean fine"]),
+        (["--rewards.r.use", "rewards.py:needs"], ["needs the column 'answer'", "prompts.jsonl:1"]),
+        (["--data.preferences", "late.jsonl"], ["no chat template"]),
         (["--rewards.r.use", "broken.py:f"], ["broken.py:1", "SyntaxError"]),
         (["--rewards.r.use", ""], ["ppo.rewards.r.use"]),
         (["--evaluate.gold", "foo"], ["'foo'", "rule:NAME or vader"]),
@@ -147,12 +154,57 @@ def test_a_stage_that_meets_bad_input_names_it(
     assert all(message in error for message in messages), error
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo"])
-def test_overwrite_clears_nothing_for_a_run_that_cannot_begin(folder: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("sft", ["--model.path", "typo"]),
+        ("sft", ["--sft.max-length", "4"]),
+        ("sft", ["--config", "movies.yaml"]),
+        ("reward", ["--model.path", "typo"]),
+        ("reward", ["--model.path", "small"]),
+        ("ppo", ["--model.path", "typo"]),
+        ("ppo", ["--config", "no-reward.yaml"]),
+        ("ppo", ["--rewards.r.use", "trained"]),
+    ],
+)
+def test_overwrite_clears_nothing_for_a_run_that_cannot_begin(
+    folder: Path, command: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFERO_CACHE", str(folder / "cache"))  # nothing was fetched
+    Path("movies.yaml").write_text("data: {world: movies}\nmodel: {path: base}\n")
+    Path("no-reward.yaml").write_text(CONFIG.replace('  rewards: {r: {use: "rewards.py:fine"}}\n', ""))
     assert main([command, "own.yaml", "--out", "run"]) == 0
     kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    assert main([command, "own.yaml", "--out", "run", "--overwrite", "--model.path", "typo"]) == 2
+    config, further = (flags[1], []) if flags[0] == "--config" else ("own.yaml", flags)
+    assert main([command, config, "--out", "run", "--overwrite", *further]) == 2
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == kept
+
+
+def test_what_is_cut_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "own.yaml", "--out", "a", "--sft.max-length", "6", "--data.truncate", "drop"]) == 0
+    assert (
+        "rows are cut at sft.max_length 6 tokens; neither their rest nor their end is learned"
+        in capsys.readouterr().err
+    )
+    assert main(["reward", "own.yaml", "--out", "b", "--reward.max-length", "4"]) == 0
+    assert "texts are cut to their last 4 tokens (reward.max_length)" in capsys.readouterr().err
+    assert main(["sft", "own.yaml", "--out", "c"]) == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_another_split_than_train_is_named_with_a_colon(folder: Path) -> None:
+    Path("talk").mkdir()
+    Path("talk/practice.jsonl").write_bytes(Path("sft.jsonl").read_bytes())
+    assert main(["sft", "own.yaml", "--out", "a", "--data.sft", "talk"]) == 2
+    assert main(["sft", "own.yaml", "--out", "a", "--data.sft", "talk:practice"]) == 0
+
+
+def test_a_run_that_did_not_end_says_so_in_its_report(folder: Path) -> None:
+    assert main(["ppo", "own.yaml", "--out", "run", "--rewards.r.use", "rewards.py:nothing"]) == 2
+    assert main(["report", "run"]) == 0
+    assert "Not finished" in Path("run/report.html").read_text()
+    assert main(["ppo", "own.yaml", "--out", "whole"]) == 0
+    assert "Not finished" not in Path("whole/report.html").read_text()
 
 
 def test_an_evaluation_that_cannot_begin_clears_nothing(

@@ -197,6 +197,15 @@ def test_several_eos_tokens_each_end_a_completion(llama):
     assert len({c.token_ids[-1] for c in completions if c.finish_reason == "stop"}) > 1
 
 
+def test_the_models_own_end_tokens_count_beside_the_tokenizers(llama):
+    llama.generation_config.eos_token_id = [9, 14]
+    assert engine(llama).eos_token_ids == {tiny_tokenizer().eos_token_id, 9, 14}
+    llama.generation_config.eos_token_id = 21
+    assert engine(llama).eos_token_ids == {tiny_tokenizer().eos_token_id, 21}
+    assert engine(llama, eos=[5]).eos_token_ids == {5}
+    assert engine(llama, eos=[]).eos_token_ids == frozenset()
+
+
 def test_min_new_tokens_holds_eos_back(llama):
     ends = list(range(2, 30))
     completions = engine(llama, eos=ends).generate(prompts(), SamplingParams(9, min_new_tokens=4, seed=1))

@@ -105,6 +105,20 @@ def test_training_step_returns_the_seeds_losses_and_moves_both_models() -> None:
     assert all(p.grad is None for p in ppo.reference.parameters())
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_prompts_depends_on_the_seed(seed: int) -> None:
+    def asked(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        subject = trainer(experience_batch_size=2, train_batch_size=2, lr=0.0, **GENERATE)
+        rows: list[list[int]] = []
+        make = subject.collect
+        subject.collect = lambda batch: (rows.extend(row.tolist() for row in batch), make(batch))[1]
+        subject.fit(torch.stack(ids()), num_episodes=4, max_timesteps=1, update_timesteps=1)
+        return rows
+
+    assert asked(seed) == asked(seed) != asked(seed + 1)
+
+
 def test_prompts_may_be_dicts_through_a_tokenizer() -> None:
     def tokenizer(drawn: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         stacked = torch.stack(drawn)
