@@ -24,3 +24,10 @@ def forks() -> Iterator[Any]:
     """Runs the command line in processes of its own that need not import everything anew."""
     with load_script(Path(__file__).parents[1] / "benchmarks" / "forks.py").Forks() as server:
         yield server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is not marked `gpu` runs anywhere."""
+    for item in items:
+        if "gpu" not in item.keywords:
+            item.add_marker("cpu")

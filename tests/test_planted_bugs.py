@@ -53,6 +53,7 @@ BUGS = [
     ("what was drawn differs between processes", "strategies/fsdp.py", "self._start_alike(model.fill(part))", "model.fill(part)", "tests/strategies/test_distributed.py"),
     ("adapters that are switched off count as frozen", "models/lora.py", "parameter.requires_grad_(requires_grad)", "pass", "tests/strategies/test_distributed.py"),
     ("weights that drift apart go unnoticed", "strategies/ddp.py", "if len(set(everyone)) > 1:", "if False:", "tests/strategies/test_distributed.py"),
+    ("who scores sees the data's answer", "data/tokenize.py", 'further["messages"] = list(messages)', 'further.setdefault("messages", list(messages))', "tests/data/test_data_tokenize.py"),
     ("samples of one prompt count as independent", "recipes/evaluation.py", "differences.setdefault(rollout.prompt.id, [])", "differences.setdefault(str(len(differences)), [])", "tests/recipes/test_evaluation.py"),
     ("nothing is learned", "trainer/update.py", "strategy.optimizer_step(learner.optimizer, max_norm=max_norm)", "0.0", "tests/test_seed_snippet.py"),
     ("the older system's arguments moved", "trainer/ppo.py", "actor_optim", "policy_optim", "tests/test_public_surface.py"),

@@ -17,6 +17,7 @@ from prefero.strategies.group import Group
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.experiment
 @pytest.mark.parametrize("name", ["benchmark_gpt_dummy", "benchmark_opt_lora_dummy"])
 def test_the_older_systems_recipe_runs_small(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script(FOLDER / f"{name}.py")

@@ -12,6 +12,8 @@ from test_pipeline import write_own_data
 
 from prefero.faults import PHASES
 
+pytestmark = pytest.mark.dist
+
 CONFIG = """
 data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
 model: {path: base}

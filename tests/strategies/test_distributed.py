@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.dist
+
 SCRIPT = Path(__file__).with_name("ranks.py")
 LAUNCHES = {2: ["zero3", "ddp", "zero1", "zero2", "bf16", "fp16"], 1: ["naive", "zero3"], 4: ["zero3", "ddp"]}
 

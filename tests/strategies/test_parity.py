@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from scripts import load_script
 
+pytestmark = pytest.mark.dist
+
 PARITY: Any = load_script(Path(__file__).parents[2] / "benchmarks" / "parity.py")
 # The whole matrix of full fine-tuning; of the variants, one cell for each way of sharing.
 CELLS = [cell for cell in PARITY.cells() if cell.variant == "full" and cell.strategy != "naive"] + [

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from scripts import load_script
 
+pytestmark = pytest.mark.dist
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Any:

@@ -11,6 +11,8 @@ import pytest
 from tiny import opt_config
 from transformers import OPTForCausalLM
 
+pytestmark = pytest.mark.dist
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
