@@ -94,7 +94,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--model.path", "nowhere"], ["unknown model 'nowhere'"]),
         (["--model.path", "bsae"], ["did you mean 'base'"]),
         (["--model.path", ""], ["model.path is empty"]),
-        (["--model.path", "small"], ["prompts.jsonl:1", "vocabulary has 10", "model.tokenizer"]),
+        (["--model.path", "small"], ["sft.jsonl:1", "vocabulary has 10", "model.tokenizer"]),
         (["--reward.model", "nowhere"], ["unknown model 'nowhere'"]),
         (["--reward.skip", "--sft.skip", "--ppo.skip"], ["nothing to do"]),
         (["--strategy.stage", "2"], ["strategy.stage 2", "strategy.kind naive", "fsdp"]),
@@ -181,11 +181,9 @@ def test_overwrite_clears_nothing_for_a_run_that_cannot_begin(
 
 
 def test_what_is_cut_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sft", "own.yaml", "--out", "a", "--sft.max-length", "6", "--data.truncate", "drop"]) == 0
-    assert (
-        "rows are cut at sft.max_length 6 tokens; neither their rest nor their end is learned"
-        in capsys.readouterr().err
-    )
+    assert main(["sft", "own.yaml", "--out", "a", "--sft.max-length", "9"]) == 0
+    told = capsys.readouterr().err
+    assert "rows are cut at sft.max_length 9 tokens; neither their rest nor their end is learned" in told
     assert main(["reward", "own.yaml", "--out", "b", "--reward.max-length", "4"]) == 0
     assert "texts are cut to their last 4 tokens (reward.max_length)" in capsys.readouterr().err
     assert main(["sft", "own.yaml", "--out", "c"]) == 0

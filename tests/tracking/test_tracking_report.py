@@ -258,7 +258,7 @@ def test_over_optimisation_is_a_visible_notice(tmp_path: Path) -> None:
         ]
 
     bad, good = (
-        is_harmless(report(made(tmp_path / name, rows(fall), kl=1.0))) for name, fall in (("bad", 1), ("good", 0))
+        is_harmless(report(made(tmp_path / name, rows(fall), seconds=1.0))) for name, fall in (("bad", 1), ("good", 0))
     )
     assert "Over-optimisation" in bad.words
     assert len(bad.all("div", "warning")) == 1

@@ -108,8 +108,8 @@ def test_training_step_returns_the_seeds_losses_and_moves_both_models() -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_order_of_prompts_depends_on_the_seed(seed: int) -> None:
     def asked(seed: int) -> list[list[int]]:
-        torch.manual_seed(seed)
         subject = trainer(experience_batch_size=2, train_batch_size=2, lr=0.0, **GENERATE)
+        subject.seed = seed
         rows: list[list[int]] = []
         make = subject.collect
         subject.collect = lambda batch: (rows.extend(row.tolist() for row in batch), make(batch))[1]
