@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dummy import arguments, measure
 from transformers import GPT2Config
 
+from dummy import arguments, measure
 from prefero.models.gpt import GPTActor, GPTCritic
 
 # width, layers, heads

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dummy import arguments, measure
 from transformers import OPTConfig
 
+from dummy import arguments, measure
 from prefero.models.opt import OPTActor, OPTCritic
 
 # width, layers, heads

@@ -81,7 +81,7 @@ def measure(args: Any, actor_class: Any, critic_class: Any, config: Any) -> dict
         train_batch_size=args.train_batch_size, experience_batch_size=args.experience_batch_size,
         callbacks=[meter], max_length=args.max_length, do_sample=True, temperature=1.0, top_k=50,
     )  # fmt: skip
-    prompts = torch.randint(config.vocab_size, (1000, args.prompt_length))
+    prompts = torch.randint(config.vocab_size, (1000, args.prompt_length), device=strategy.device)
     if strategy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.fit(

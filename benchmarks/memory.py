@@ -3,10 +3,11 @@
 python benchmarks/memory.py [--rounds N]
 
 Each layout trains a randomly initialised GPT-2 small on short rows in processes of its own; the layouts take turns for
-`rounds` rounds (default 3) and the medians are shown. Memory is a process's resident set above what it had after its
-imports, in MB, of the process that has most: "held" is between backward and step, when parameters, gradients and
+`rounds` rounds (default 3) and the medians are shown. All of them give freed memory back to the system at once, as
+sharded strategies do (`strategies.cpu.return_freed_memory`). Memory is a process's resident set above what it had after
+its imports, in MB, of the process that has most: "held" is between backward and step, when parameters, gradients and
 optimizer states are all there; "peak" is the highest ever. Times are the median step's, against the first layout's of
-the same round. Takes about 4 minutes and 8 GB.
+the same round. Takes about a quarter of an hour and 8 GB.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-STEPS, ROWS, LENGTH = 4, 4, 16
+ROWS, LENGTH = 4, 16
 LAYOUTS = {
     "naive": ("naive", 1),
     "DDP×2": ("ddp", 2),
@@ -42,7 +43,7 @@ def resident() -> float:
     raise RuntimeError("this benchmark reads /proc/self/status, which Linux has")
 
 
-def worker(kind: str) -> None:
+def worker(kind: str, steps: int) -> None:
     """One process of a layout; rank 0 prints what came out."""
     import torch
     from transformers import GPT2Config
@@ -50,8 +51,10 @@ def worker(kind: str) -> None:
     from prefero.models.gpt import GPTActor
     from prefero.optimizer import HybridAdam
     from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy
+    from prefero.strategies.cpu import return_freed_memory
 
     torch.set_num_threads(1)
+    return_freed_memory()
     make = {"naive": lambda: NaiveStrategy("cpu"), "ddp": DDPStrategy}
     stage = int(kind[-1]) if kind.startswith("zero") else 3
     strategy = make.get(kind, lambda: FSDPStrategy(stage, shard_init=True))()  # type: ignore[arg-type]
@@ -63,7 +66,7 @@ def worker(kind: str) -> None:
     actor, optimizer = strategy.prepare((actor, optimizer))
     rows = torch.randint(0, 50257, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))[group.share(ROWS).rows]
     held, times = 0.0, []
-    for _ in range(STEPS):
+    for _ in range(steps):
         began = time.perf_counter()
         with strategy.micro_batch(actor, last=True):
             strategy.backward(-actor(rows, LENGTH - 1).sum() / (ROWS * LENGTH), actor, optimizer)
@@ -80,10 +83,10 @@ def worker(kind: str) -> None:
         print(json.dumps(numbers.tolist()))
 
 
-def measure(kind: str, processes: int) -> list[float]:
+def measure(kind: str, processes: int, steps: int = 4) -> list[float]:
     """held, peak and seconds of one layout."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--worker", kind]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--worker", kind, str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=600)  # noqa: S603
     numbers: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -94,10 +97,10 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker)
+        worker(args.worker[0], int(args.worker[1]))
     else:
         table(args.rounds)
 

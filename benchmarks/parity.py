@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forks import Forks
 from safetensors.torch import load_file
+
+from forks import Forks
+from runs import greatest
 
 SHORT = {
     "sft.steps": "6",
@@ -123,21 +125,22 @@ def compare(folder: Path, reference: Path) -> dict[str, float]:
     ours, theirs = _rows(folder), _rows(reference)
     if [sorted(row) for row in ours] != [sorted(row) for row in theirs]:
         raise SystemExit(f"{folder} and {reference} logged different rows")
-    greatest = dict.fromkeys((*GROUPS, "any metric"), 0.0)
+    differences: dict[str, list[float]] = {name: [0.0] for name in (*GROUPS, "any metric")}
     for mine, other in zip(ours, theirs, strict=True):
         for name, value in mine.items():
             if not isinstance(value, float | int) or not isinstance(other[name], float | int):
                 continue
             difference = abs(value - other[name])
-            greatest["any metric"] = max(greatest["any metric"], difference / max(1.0, abs(other[name])))
+            differences["any metric"].append(difference / max(1.0, abs(other[name])))
             for group, endings in GROUPS.items():
                 if any(ending in name for ending in endings):
-                    greatest[group] = max(greatest[group], difference)
-    greatest["weights"] = max(_weights(folder, reference, stage) for stage in ("sft", "reward", "ppo"))
+                    differences[group].append(difference)
+    differences["weights"] = [_weights(folder, reference, stage) for stage in ("sft", "reward", "ppo")]
+    table = {name: greatest(found) for name, found in differences.items()}
     samples = [(row["prompt"], row.get("completion")) for row in _rows(folder, "samples")]
     expected = [(row["prompt"], row.get("completion")) for row in _rows(reference, "samples")]
-    greatest["samples that differ"] = float(sum(a != b for a, b in zip(samples, expected, strict=True)))
-    return greatest
+    table["samples that differ"] = float(sum(a != b for a, b in zip(samples, expected, strict=True)))
+    return table
 
 
 def _rows(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
@@ -148,7 +151,7 @@ def _weights(folder: Path, reference: Path, stage: str) -> float:
     file = Path("checkpoints") / stage / "model" / "model.safetensors"
     ours, theirs = load_file(folder / file), load_file(reference / file)
     assert sorted(ours) == sorted(theirs), f"{folder / file} has other tensors"
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+    return greatest(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
 
 
 def baseline(cell: Cell) -> Cell:

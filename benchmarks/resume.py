@@ -3,24 +3,26 @@
 python benchmarks/resume.py [--out DIR] [--steps N ...]
 
 PPO on the quickstart's world, twelve optimizer steps in six iterations of two epochs, a checkpoint after each. In every
-layout a run is left alone; then, for each step, one is killed there (SIGKILL, all processes at once), resumed in the
-same layout, and compared: "bitwise" means that weights, metrics and samples are the same files. Last, a run that two
+layout a run is left alone; then, for each step, one is killed there (SIGKILL, all processes at once) and goes on from
+the iteration before, and one is asked to stop there (SIGTERM) and goes on from that very step; resumed in the same
+layout, it is compared: "bitwise" means that weights, metrics and samples are the same files. Last, a run that two
 processes left half-way is ended by one and by four: the greatest difference of weights and metrics from the run of one
-process, whose sums are added up in another order. Takes about ten minutes.
+process, whose sums are added up in another order. Takes about twenty minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from forks import Forks
 from safetensors.torch import load_file
+
+from forks import Forks
+from runs import greatest
 
 SHORT = [
     "--ppo.steps", "6", "--ppo.prompts-per-step", "8", "--ppo.train-batch-size", "8", "--ppo.max-epochs", "2",
@@ -67,31 +69,35 @@ class Bench:
         processes, options = LAYOUTS[layout]
         self._launch(processes, ["resume", str(out), *options])
 
-    def survives(self, layout: str, step: int) -> bool:
-        """Whether a run killed at that step and resumed is bitwise the one left alone."""
-        alone = self.folder / f"alone-{layout}"
-        if not (alone / "model").is_dir():
-            self.begin(layout, alone.name)
-        out = self.begin(layout, f"killed-{layout}", fault=f"kill@learn:{step}")
-        self.resume(layout, out)
+    def alone(self, layout: str) -> Path:
+        """The run of a layout that nothing happens to."""
+        out = self.folder / f"alone-{layout}"
+        return out if (out / "model" / "model.safetensors").is_file() else self.begin(layout, out.name)
+
+    def same(self, layout: str, out: Path) -> bool:
+        """Whether a run is bitwise the one left alone; it is removed."""
+        alone = self.alone(layout)
         same = all((out / name).read_bytes() == (alone / name).read_bytes() for name in FILES)
         shutil.rmtree(out)
         return same
 
+    def survives(self, layout: str, step: int, kind: str = "kill") -> bool:
+        """Whether a run killed (or asked to stop: "term") at that step and resumed is bitwise the one left alone."""
+        out = self.begin(layout, f"{kind}-{layout}", fault=f"{kind}@learn:{step}")
+        self.resume(layout, out)
+        return self.same(layout, out)
+
     def moved(self, first: str, then: str) -> float:
         """A run begun in one layout, ended in another: its greatest difference from the run of one process."""
-        alone = self.folder / "alone-naive"
-        if not (alone / "model").is_dir():
-            self.begin("naive", alone.name)
+        alone = self.alone("naive")
         out = self.begin(first, f"moved-{first}-{then}", fault="kill@learn:7")
         self.resume(then, out)
         ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (out, alone))
-        weights = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+        weights = [float((ours[name] - theirs[name]).abs().max()) for name in theirs]
         metrics = [
             abs(one - other) / max(1.0, abs(other)) for one, other in zip(_numbers(out), _numbers(alone), strict=True)
         ]
-        differences = [weights, *metrics]
-        return max(differences) if all(map(math.isfinite, differences)) else math.inf
+        return greatest([*weights, *metrics])
 
     def _launch(self, processes: int, command: list[str], fault: str = "") -> None:
         errors = self.folder / "errors.txt"
@@ -116,10 +122,12 @@ def main() -> None:
         bench = Bench(args.out or Path(temporary), forks)
         print(f"| layout | {' | '.join(map(str, args.steps))} |\n|{'---|' * (1 + len(args.steps))}")
         for layout in ("naive", "DDP×2", "ZeRO-3×2"):
-            cells = ["bitwise" if bench.survives(layout, step) else "DIFFERS" for step in args.steps]
-            print(f"| {layout} | {' | '.join(cells)} |", flush=True)
+            for kind, label in (("kill", "killed"), ("term", "asked to stop")):
+                cells = ["bitwise" if bench.survives(layout, step, kind) else "DIFFERS" for step in args.steps]
+                print(f"| {layout}, {label} | {' | '.join(cells)} |", flush=True)
         print("\n| begun by | ended by | greatest difference from one process |\n|---|---|---|")
-        for first, then in (("ZeRO-3×2", "naive"), ("ZeRO-3×2", "ZeRO-3×4"), ("DDP×2", "naive"), ("naive", "DDP×2")):
+        moves = "ZeRO-3×2 naive, ZeRO-3×2 ZeRO-3×4, ZeRO-3×4 ZeRO-3×2, ZeRO-3×4 naive, DDP×2 naive, naive DDP×2"
+        for first, then in (move.split() for move in moves.split(", ")):
             print(f"| {first} | {then} | {bench.moved(first, then):.1e} |", flush=True)
 
 

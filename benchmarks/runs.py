@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,12 @@ def finished(folder: Path) -> dict[str, Any] | None:
     file = folder / "summary.json"
     summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return summary if "heldout_reward_after" in summary else None
+
+
+def greatest(differences: Iterable[float]) -> float:
+    """The greatest of some differences; infinity where one is not a number, which `max` would pass over."""
+    found = list(differences)
+    return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
 def examinations(folder: Path) -> list[dict[str, Any]]:

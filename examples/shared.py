@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,7 @@ from prefero.models.gpt import GPTLM, GPTRM, GPTActor, GPTCritic
 from prefero.models.llama import LlamaActor, LlamaCritic, LlamaLM, LlamaRM
 from prefero.models.loading import load_tokenizer
 from prefero.models.opt import OPTLM, OPTRM, OPTActor, OPTCritic
-from prefero.strategies import NaiveStrategy, Strategy
+from prefero.strategies import ColossalAIStrategy, DDPStrategy, NaiveStrategy, Strategy
 
 ROLES = {
     "actor": {"gpt2": GPTActor, "bloom": BLOOMActor, "opt": OPTActor, "llama": LlamaActor},
@@ -23,25 +24,34 @@ ROLES = {
     "lm": {"gpt2": GPTLM, "bloom": BLOOMLM, "opt": OPTLM, "llama": LlamaLM},
     "rm": {"gpt2": GPTRM, "bloom": BLOOMRM, "opt": OPTRM, "llama": LlamaRM, "deberta": DebertaRM},
 }
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "naive": NaiveStrategy,
+    "ddp": DDPStrategy,
+    "colossalai_gemini": lambda: ColossalAIStrategy(3, shard_init=True),
+    "colossalai_zero2": lambda: ColossalAIStrategy(2, shard_init=True),
+}
 PAD, BOS, EOS = 0, 1, 2  # of the tiny tokenizer
 
 
 def add_model_flags(parser: argparse.ArgumentParser, families: list[str], default: str) -> None:
     """The flags every script has."""
-    parser.add_argument("--strategy", default="naive", help="naive: one device (the only one of these examples)")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="naive",
+                        help="naive: one device; the others are started by torchrun")  # fmt: skip
     parser.add_argument("--model", choices=families, default=default)
     parser.add_argument("--pretrain", default=None, help="a Hugging Face name or folder; without it weights are random")
     parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--need_optim_ckpt", action="store_true", help="also save the optimizer")
     parser.add_argument("--tiny", action="store_true", help="a very small random model that spells: no download at all")
-    parser.add_argument("--device", default=None, help="cpu, cuda or mps; by default the best there is")
+    parser.add_argument("--device", default=None, help="with naive: cpu, cuda or mps; by default the best there is")
 
 
 def strategy(arguments: argparse.Namespace) -> Strategy:
-    """The strategy of that name; raises ValueError for one that is not here."""
-    if arguments.strategy != "naive":
-        raise ValueError(f"--strategy {arguments.strategy}: these examples run on one device, use --strategy naive")
-    return NaiveStrategy(arguments.device)
+    """The strategy of that name; raises ValueError for a device that it does not choose by."""
+    if arguments.strategy == "naive":
+        return NaiveStrategy(arguments.device)
+    if arguments.device is not None:
+        raise ValueError(f"--device {arguments.device} goes with --strategy naive: torchrun's processes know theirs")
+    return STRATEGIES[arguments.strategy]()
 
 
 def tiny_config(family: str) -> Any:

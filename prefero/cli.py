@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_run_command(add(name, text, _run_recipe), name)
     command = add("resume", "go on with an interrupted run as if it had never stopped", _resume)
     command.add_argument("folder", metavar="RUN")
-    command.epilog = "Keys of `strategy` and `checkpoint` may follow as --key value: a run may go on elsewhere."
+    command.epilog = "Keys of `checkpoint` and `strategy` may follow as --key value, but not max-grad-norm."
     _add_use_commands(add)
     _add_help_commands(add)
     return parser
@@ -88,7 +88,9 @@ def _add_run_command(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
     command.add_argument("--out", metavar="DIR", default="", help="run folder (default: a new one below runs/)")
     command.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
-    command.add_argument("--resume", action="store_true", help="go on with the interrupted run that --out holds")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run: the last so named, or --out"
+    )
     command.epilog = "Any config key may follow as --key value, in full or by its ending: --ppo.kl-coef 0, --kl-coef 0."
 
 
@@ -129,6 +131,9 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 picks the likeliest token")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: no limit")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    command.add_argument("--min-p", type=float, default=0.0, metavar="P", help="relative to the likeliest token")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer of them")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be given again")
     command.add_argument("--seed", type=int, default=0, metavar="N")
     command.add_argument("--device", default="", metavar="D", help="cpu, cuda or mps (default: the best one present)")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code that ships with the model")

@@ -255,6 +255,11 @@ class PPOConfig:
         description="End the stage with the first policy whose completions are farther than this from the reference "
         "(nats a completion); 0: after `steps`.",
     )
+    max_logprob_mismatch: float = Field(
+        default=0.1,
+        gt=0,
+        description="Stop when the log-probabilities of sampler and trainer differ by more (nats a token, mean).",
+    )
     gamma: float = Field(default=1.0, gt=0, le=1, description="Discount per token.")
     lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda.")
     clip: float = Field(
@@ -281,6 +286,15 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EngineConfig:
+    """Who samples: `native` is our own, `hf` takes any Hugging Face model and is slower."""
+
+    kind: Literal["native", "hf"] = Field(default="native", description="native, or hf.")
+    slots: int = Field(default=128, ge=1, description="Completions sampled at once.")
+    memory: int = Field(default=2**31, ge=1, description="Bytes for the keys and values of those (native).")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvaluateConfig:
     """Held-out evaluation."""
 
@@ -289,7 +303,7 @@ class EvaluateConfig:
     best_of: int = Field(
         default=0, ge=0, description="Also measure best-of-n of the reference with the same reward; 0: no."
     )
-    batch_size: int = Field(default=64, ge=1, description="Completions sampled at once.")
+    batch_size: int = Field(default=64, ge=1, description="Completions scored at once.")
     gold: str = Field(
         default="",
         description="Independent scorer, never the reward (as in ppo.rewards.*.use); empty: the world's own.",
@@ -310,6 +324,7 @@ class Config:
     sft: SFTConfig = Field(default_factory=lambda: SFTConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     ppo: PPOConfig = Field(default_factory=lambda: PPOConfig())
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
 
     def __post_init__(self) -> None:
@@ -318,6 +333,38 @@ class Config:
 
 
 def _contradictions(c: Config) -> Iterator[str]:
+    """What each part of the config says against itself or another, with the cure."""
+    if c.sft.skip and c.reward.skip and c.ppo.skip:
+        yield "sft.skip, reward.skip and ppo.skip are all true, so there is nothing to do; set one to false"
+    yield from _about_data(c)
+    yield from _about_strategy(c)
+    yield from _about_ppo(c)
+    yield from _about_rewards(c)
+
+
+def _about_data(c: Config) -> Iterator[str]:
+    if c.model.tokenizer and not c.model.path:
+        yield f"model.tokenizer is {c.model.tokenizer!r} but model.path is empty; give both or neither"
+    data, plain = c.data, DataConfig()
+    for key in _KEYS_OF_FILES:
+        if c.data.world != "files" and getattr(data, key) != getattr(plain, key):
+            yield (
+                f"data.{key} is {getattr(data, key)!r}, but data.world {data.world!r} brings its own rows; "
+                "set data.world to files, or leave the key out"
+            )
+
+
+def _about_strategy(c: Config) -> Iterator[str]:
+    s, default = c.strategy, StrategyConfig()
+    for key, kinds in KINDS_OF_KEYS.items():
+        if getattr(s, key) != getattr(default, key) and s.kind not in kinds:
+            yield (
+                f"strategy.{key} {getattr(s, key)} has no effect with strategy.kind {s.kind}; leave it out, or set "
+                f"strategy.kind to {' or '.join(kinds)}"
+            )
+
+
+def _about_ppo(c: Config) -> Iterator[str]:
     rollouts = c.ppo.prompts_per_step * c.ppo.num_samples
     if c.ppo.train_batch_size > rollouts:
         yield (
@@ -333,17 +380,16 @@ def _contradictions(c: Config) -> Iterator[str]:
             f"ppo.kl_horizon {c.ppo.kl_horizon} is reached within one iteration of {rollouts} completions, which could "
             f"set the coefficient to 0 for good; raise it to {rollouts} or more"
         )
-    s, default = c.strategy, StrategyConfig()
-    for key, kinds in KINDS_OF_KEYS.items():
-        if getattr(s, key) != getattr(default, key) and s.kind not in kinds:
-            yield (
-                f"strategy.{key} {getattr(s, key)} has no effect with strategy.kind {s.kind}; leave it out, or set "
-                f"strategy.kind to {' or '.join(kinds)}"
-            )
     if 0 < c.ppo.dual_clip <= 1:
         yield f"ppo.dual_clip {c.ppo.dual_clip} must be above 1 (3 is usual), or 0 for off"
-    if c.sft.skip and c.reward.skip and c.ppo.skip:
-        yield "sft.skip, reward.skip and ppo.skip are all true, so there is nothing to do; set one to false"
+    if not c.ppo.skip and c.ppo.critic_warmup >= c.ppo.steps:
+        yield (
+            f"ppo.critic_warmup is {c.ppo.critic_warmup} but there are only {c.ppo.steps} ppo.steps, "
+            "so the actor would never learn; lower the one or raise the other"
+        )
+
+
+def _about_rewards(c: Config) -> Iterator[str]:
     if c.reward.skip and not c.ppo.skip and not c.ppo.rewards:
         yield (
             "reward.skip is true and ppo.rewards is empty, so PPO has no reward; "
@@ -353,12 +399,11 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "ppo.rewards uses `trained` but reward.skip is true; use model:FOLDER, or set reward.skip to false"
     if c.reward.loss == "log_exp" and c.reward.centering > 0:
         yield f"reward.centering {c.reward.centering} needs reward.loss log_sig; set one of them"
-    if not c.ppo.skip and c.ppo.critic_warmup >= c.ppo.steps:
-        yield (
-            f"ppo.critic_warmup is {c.ppo.critic_warmup} but there are only {c.ppo.steps} ppo.steps, "
-            "so the actor would never learn; lower the one or raise the other"
-        )
+    if c.evaluate.gold == "trained":
+        yield "evaluate.gold is `trained`, the reward itself; name an independent scorer, e.g. vader, or leave it empty"
     for name, part in c.ppo.rewards.items():
+        if not name.isidentifier():
+            yield f"ppo.rewards names a part {name!r}; name it with letters, digits and underscores, a letter first"
         if part.clamp and not part.use.startswith(("trained", "model:")):
             yield f"ppo.rewards.{name}.clamp limits a reward model's score, but `use` is {part.use!r}; remove clamp"
         if part.use and part.use == c.evaluate.gold:
@@ -366,20 +411,6 @@ def _contradictions(c: Config) -> Iterator[str]:
                 f"evaluate.gold is {part.use!r}, which ppo.rewards.{name} is trained on; "
                 "an independent scorer is another one than the reward"
             )
-    if c.model.tokenizer and not c.model.path:
-        yield f"model.tokenizer is {c.model.tokenizer!r} but model.path is empty; give both or neither"
-    if c.evaluate.gold == "trained":
-        yield "evaluate.gold is `trained`, the reward itself; name an independent scorer, e.g. vader, or leave it empty"
-    data, plain = c.data, DataConfig()
-    for key in _KEYS_OF_FILES:
-        if c.data.world != "files" and getattr(data, key) != getattr(plain, key):
-            yield (
-                f"data.{key} is {getattr(data, key)!r}, but data.world {data.world!r} brings its own rows; "
-                "set data.world to files, or leave the key out"
-            )
-    for name in c.ppo.rewards:
-        if not name.isidentifier():
-            yield f"ppo.rewards names a part {name!r}; name it with letters, digits and underscores only"
 
 
 _KEYS_OF_FILES = (

@@ -1,6 +1,7 @@
 """The tests can fail: each known silent bug, planted into a copy of the code, is found by the tests named for it.
 
 A bug is a piece of a file and what it is replaced by; when the code changes so that the piece is gone, plant it anew.
+The copy is all of the checkout, where the same tests pass without the bug.
 """
 # ruff: noqa: E501 (a bug a line)
 
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VECTORS = "tests/functional/test_formula_vectors.py"
 METAMORPHIC = "tests/trainer/test_metamorphic_ppo.py"
+DISTRIBUTED = "tests/strategies/test_distributed.py"
 BUGS = [
     # the formulas
     ("the KL estimate is inverted", "functional/kl.py", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs", VECTORS),
@@ -41,18 +43,20 @@ BUGS = [
     ("the reference keeps learning", "algorithms/ppo.py", "with self.actor.reference():", "if True:", "tests/trainer"),
     # the sampler
     ("samples of one prompt are equal", "rollout/sampling.py", 'struct.pack("<qqq", seed, step, sample_index)', 'struct.pack("<qqq", seed, step, 0)', "tests/rollout"),
-    ("a sample depends on its neighbours", "rollout/hf.py", "keys = torch.tensor([row.key for row in rows])", "keys = torch.tensor([row.key + len(rows) for row in rows])", "tests/rollout"),
-    ("the sampler's logits are rounded", "rollout/hf.py", "with evaluating(model), full_precision_head(model):", "with evaluating(model):", "tests/rollout"),
+    ("a sample depends on its neighbours", "rollout/rows.py", "[row.key for row in rows]", "[row.key + len(rows) for row in rows]", "tests/rollout"),
+    ("the sampler's logits are rounded", "rollout/hf.py", "evaluating(self.model), replaced(head):", "evaluating(self.model):", "tests/rollout"),
     # the optimum, the older system's script
     ("the KL price has no effect", "algorithms/ppo.py", "coefficient = self.kl_coef if reference is not None else 0.0", "coefficient = 0.0", "tests/trainer/test_known_optimum.py"),
     ("LoRA's merge moves the live weights", "models/lora.py", "(tensor.float() + _update(layers[layer], layer, own)).to(dtype)", "tensor.add_(_update(layers[layer], layer, own)).to(dtype)", "tests/models/test_model_lora.py"),
-    ("processes average what should be summed", "strategies/base.py", "scale = self.group.world_size * ", "scale = ", "tests/strategies/test_distributed.py"),
-    ("a checkpoint is believed unchecked", "strategies/checkpoint.py", 'if _sha256(file) != facts["sha256"]:', "if False:", "tests/examples/test_benchmarks.py"),
+    ("processes average what should be summed", "strategies/base.py", "scale = float(self.group.world_size)", "scale = 1.0", f"{DISTRIBUTED}::test_training_is_that_of_one_process[ddp-2]"),
+    ("a checkpoint is believed unchecked", "strategies/checkpoint.py", 'if name not in believed and _sha256(file) != facts["sha256"]:', "if False:", "tests/examples/test_benchmarks.py::test_damage_to_checkpoints_is_always_noticed"),
+    ("what was just saved is thrown away", "strategies/checkpoint.py", "[*folders[:own], *folders[own + self.keep :]]", "folders[self.keep :]", "tests/strategies/test_checkpoint_files.py"),
+    ("lost checkpoints are begun over in silence", "strategies/checkpoint.py", "if not folders and (self.folder / POINTER).exists():", "if False:", "tests/strategies/test_checkpoint_files.py"),
     ("a resumed run reads its data from the start", "recipes/session.py", 'self.loader.load_state_dict(state["loader"])', "pass", "tests/recipes/test_resume.py"),
     ("a loss that is not finite goes into the weights", "trainer/update.py", "else loss.value * math.nan", "else loss.value", "tests/trainer/test_not_finite.py"),
-    ("what was drawn differs between processes", "strategies/fsdp.py", "self._start_alike(model.fill(part))", "model.fill(part)", "tests/strategies/test_distributed.py"),
-    ("adapters that are switched off count as frozen", "models/lora.py", "parameter.requires_grad_(requires_grad)", "pass", "tests/strategies/test_distributed.py"),
-    ("weights that drift apart go unnoticed", "strategies/ddp.py", "if len(set(everyone)) > 1:", "if False:", "tests/strategies/test_distributed.py"),
+    ("what was drawn differs between processes", "strategies/fsdp.py", "self._start_alike(model.fill(part))", "model.fill(part)", f"{DISTRIBUTED}::test_models_built_without_weights_are_filled_in_part_by_part[zero2-2]"),
+    ("adapters that are switched off count as frozen", "models/lora.py", "parameter.requires_grad_(requires_grad)", "pass", f"{DISTRIBUTED}::test_training_is_that_of_one_process[zero3-2]"),
+    ("weights that drift apart go unnoticed", "strategies/ddp.py", "if len(set(everyone)) > 1:", "if False:", f"{DISTRIBUTED}::test_weights_that_drift_apart_are_noticed[ddp-2]"),
     ("who scores sees the data's answer", "data/tokenize.py", 'further["messages"] = list(messages)', 'further.setdefault("messages", list(messages))', "tests/data/test_data_tokenize.py"),
     ("samples of one prompt count as independent", "recipes/evaluation.py", "differences.setdefault(rollout.prompt.id, [])", "differences.setdefault(str(len(differences)), [])", "tests/recipes/test_evaluation.py"),
     ("nothing is learned", "trainer/update.py", "strategy.optimizer_step(learner.optimizer, max_norm=max_norm)", "0.0", "tests/test_seed_snippet.py"),
@@ -62,12 +66,10 @@ BUGS = [
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, its tests and what they read."""
-    folder = tmp_path_factory.mktemp("planted")
-    for name in ("prefero", "tests", "examples", "configs", "docs", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "GLOSSARY.md", "CONTRIBUTING.md"):
-        shutil.copy(ROOT / name, folder / name)
+    """The checkout, without what was made in it."""
+    folder = tmp_path_factory.mktemp("planted") / "copy"
+    made = (".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", "runs")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
     return folder
 
 
@@ -81,6 +83,10 @@ def planted(request: pytest.FixtureRequest, copy: Path) -> Iterator[Path]:
     file.write_text(text.replace(piece, bug), encoding="utf-8")
     yield copy
     file.write_text(text, encoding="utf-8")
+
+
+def test_the_readme_says_how_many() -> None:
+    assert f"| {len(BUGS)} silent bugs planted one by one" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ class Whitening:
 
 
 NO_WHITENING = Whitening()
+CHANGE = "policy/logprob_change"
+"""The metric that says how far, in nats a token, log-probabilities are from those that were sampled with."""
 
 
 class PPO(OnlineAlgorithm):
@@ -271,6 +273,7 @@ class PPO(OnlineAlgorithm):
                 "policy/clip_fraction": clip_fraction,
                 "policy/approx_kl": approx_kl,
                 "policy/entropy": self._average(entropy, mask, total),
+                CHANGE: self._average((masked.fill(logprobs, mask) - old_logprobs).abs(), mask, total),
                 "policy/ratio_max": (masked.fill(logprobs, mask) - old_logprobs).max().exp(),
             }
         return Loss("actor", self._average(per_token, mask, total), metrics)

@@ -129,20 +129,36 @@ def read_rows(
     """Reads rows from a local file, a folder of one file a split, or a hub data set.
 
     source: a path ending in .jsonl, .json, .csv, .tsv or .parquet (.jsonl, .csv and .tsv also with .gz), a folder
-    holding `<split>.<one of these>`, or "owner/name" on the hub (needs the extra `hub`). subset, data_dir: the hub
-    data set's configuration and folder (hh-rlhf keeps its subsets in folders).
+    holding `<split>.<one of these>`, or "owner/name" on the hub (needs the extra `hub`); `source:split` names both at
+    once. subset, data_dir: the hub data set's configuration and folder (hh-rlhf keeps its subsets in folders).
     Raises ValueError, naming the file, the line and the cure, for more than `max_bad_rows` bad rows, for a source that
     is missing, unreadable or without rows.
     """
-    path = Path(source).expanduser()
+    name, split = _named(source, split)
+    path = Path(name).expanduser()
     if path.is_dir():
         return _read_file(_split_file(path, split), "train", max_bad_rows)
     if path.exists():
-        _no_hub_options(str(source), subset, data_dir)
+        _no_hub_options(name, subset, data_dir)
         return _read_file(path, split, max_bad_rows)
-    if not _HUB_NAME.fullmatch(str(source)) or str(source).endswith(SUFFIXES):
+    if not _HUB_NAME.fullmatch(name) or name.endswith(SUFFIXES):
         raise ValueError(_missing_file(path))
-    return _read_hub(str(source), split, max_bad_rows, subset, data_dir)
+    return _read_hub(name, split, max_bad_rows, subset, data_dir)
+
+
+def local_file(source: str | Path) -> Path | None:
+    """The file that `read_rows` reads; None where it asks the hub."""
+    name, split = _named(source, "train")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _split_file(path, split)
+    return path if path.is_file() else None
+
+
+def _named(source: str | Path, split: str) -> tuple[str, str]:
+    """A source and its split, which `source:split` names both."""
+    name, colon, last = str(source).rpartition(":")
+    return (name, last) if colon and not Path(source).expanduser().exists() else (str(source), split)
 
 
 def as_rows(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int = 0) -> Rows:

@@ -16,6 +16,7 @@ from prefero.models.export import read_head_bias, save_folder, save_reward_folde
 from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
 from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
 from prefero.models.lora import LoRAModule, below, merged, unmerged
+from prefero.models.packed import hidden_states, logits, packs
 from prefero.models.trunk import (
     by_length,
     contiguous_input,
@@ -23,10 +24,10 @@ from prefero.models.trunk import (
     full_precision_head,
     head_is_plain,
     head_width,
-    hidden_states,
     is_bidirectional,
     left_align,
     model_inputs,
+    replaced,
     score_hidden,
     trunk_of,
 )
@@ -35,7 +36,11 @@ from prefero.models.trunk import (
 class Actor(LoRAModule):
     """A policy: a causal language model (`.model`, Hugging Face's) asked for the log-probabilities of its answers."""
 
-    forward_methods = ("generate", "decode")  # other ways than `forward` into the network, for strategies that shard it
+    forward_methods = (
+        "generate",
+        "decode",
+        "can_pack",
+    )  # other ways than `forward` into the network, for strategies that shard it
 
     def __init__(
         self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
@@ -69,7 +74,7 @@ class Actor(LoRAModule):
             logprobs, entropy = self._from_hidden(sequences, mask, attention_mask, temperature, return_entropy)
         else:
             inputs = model_inputs(self.model, sequences, attention_mask, logits_to_keep=num_actions + 1)
-            with full_precision_head(self.model):
+            with replaced(full_precision_head(self.model)):
                 logits = self.model(**inputs).logits[:, -num_actions - 1 :]
             logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
             logprobs = masked.fill(logprobs, mask)
@@ -101,8 +106,15 @@ class Actor(LoRAModule):
         return self._plain_head
 
     def decode(self, **inputs: Any) -> Any:
-        """One forward of the Hugging Face model with its own arguments and output, for engines."""
-        return self.model(**inputs)
+        """One forward of the Hugging Face model with its own arguments and output, for engines.
+
+        With `texts`, logits [P, V] of packed ones: see `packed.logits`.
+        """
+        return logits(self.model, **inputs) if "texts" in inputs else self.model(**inputs)
+
+    def can_pack(self) -> bool:
+        """Whether the network can read packed texts: see `packed.packs`."""
+        return packs(trunk_of(self.model))
 
     def get_base_model(self) -> Any:
         """The Hugging Face model."""
@@ -137,7 +149,7 @@ class Actor(LoRAModule):
 
     def from_checkpoint(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a plain Hugging Face model of this architecture, under this module's names."""
-        return {f"model.{name}": tensor for name, tensor in unmerged(below("model.", own), saved).items()}
+        return {f"model.{name}": tensor for name, tensor in unmerged(self.model, below("model.", own), saved).items()}
 
     def save_pretrained(
         self,

@@ -67,11 +67,12 @@ def store(network: Any, source: str) -> set[str]:
 
 def _safetensors(source: str) -> dict[str, str]:
     """The file of every stored tensor."""
-    index = _file(source, "model.safetensors.index.json")
+    gguf = source.endswith(".gguf")
+    index = None if gguf else _file(source, "model.safetensors.index.json")
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         return {key: str(_file(source, name)) for key, name in names.items()}
-    single = None if source.endswith(".gguf") else _file(source, "model.safetensors")
+    single = None if gguf else _file(source, "model.safetensors")
     if single is None:
         raise ValueError(
             f"model {source!r} has no safetensors files, so its weights cannot be read part by part: save it with "

@@ -127,6 +127,12 @@ def _update(layer: Any, name: str, own: Mapping[str, Tensor]) -> Tensor:
     return update.t() if layer.fan_in_fan_out else update
 
 
+def update_of(layer: Any) -> Tensor:
+    """What the adapter of a layer adds to its weight, as that is stored, in float32."""
+    own = {f".lora_{part}.{ADAPTER}.weight": getattr(layer, f"lora_{part}")[ADAPTER].weight for part in "AB"}
+    return _update(layer, "", own)
+
+
 def _address(tensor: Tensor) -> int:
     """Where a tensor lies; tied weights lie in one place."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
@@ -140,21 +146,25 @@ def plain_name(name: str) -> str | None:
 
 
 @torch.no_grad()
-def unmerged(own: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain weights under the names of the module whose state is `own`, with or without adapters.
+def unmerged(module: nn.Module, own: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain weights under the names of a module whose state is `own`, with or without adapters.
 
     With adapters the weights become the base and the adapters start again from zero effect (B = 0), so the function is
-    that of the plain weights. One of two tied names is enough.
+    that of the plain weights. One of two tied names is enough. Raises ValueError for weights of something else.
     """
     places = {name: of for of in own if (name := plain_name(of)) is not None}
     state = {places.get(name, name): tensor for name, tensor in plain.items()}
+    if not state.keys() & own.keys():
+        raise ValueError("it has none of the model's weights")
     for name, tensor in own.items():
         if ".lora_" in name:
             state[name] = torch.zeros_like(tensor) if ".lora_B." in name else tensor
-    by_memory = {_address(own[name]): tensor for name, tensor in state.items() if name in own}
-    for name, tensor in own.items():
-        if name not in state and tensor.numel() and _address(tensor) in by_memory:
-            state[name] = by_memory[_address(tensor)]
+    # By the parameters themselves, not where they lie: of a sharded one a process may hold nothing.
+    tied = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+    known = {tied[name]: tensor for name, tensor in state.items() if name in tied}
+    for name in own:
+        if name not in state and tied.get(name) in known:
+            state[name] = known[tied[name]]
     return state
 
 
@@ -163,16 +173,16 @@ def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def save_adapter(model: Any, directory: str | Path) -> None:
+def save_adapter(model: Any, directory: str | Path, own: Mapping[str, Tensor] | None = None) -> None:
     """Writes the adapter alone as PEFT's folder: `PeftModel.from_pretrained(base, directory)` reads it.
 
-    Raises ValueError when the model has no adapters.
+    own: the model's whole state where the live one is sharded. Raises ValueError when the model has no adapters.
     """
     if not has_lora(model):
         raise ValueError("the model has no adapter to save: build it with lora_rank > 0, or use save_pretrained")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    tensors = get_peft_model_state_dict(model, state_dict=own, adapter_name=ADAPTER)
     save_file(
         {f"base_model.model.{name}": tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors",
@@ -221,8 +231,11 @@ class LoRAModule(nn.Module):
 
     def from_checkpoint(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `to_checkpoint` gave, under this module's names; adapters start again from zero effect on top of it."""
-        return unmerged(own, saved)
+        return unmerged(self, own, saved)
 
-    def save_adapter(self, directory: str | Path) -> None:
-        """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none."""
-        save_adapter(self.model, directory)
+    def save_adapter(self, directory: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the adapter alone, in PEFT's format. Raises ValueError when there is none.
+
+        state: the module's whole state (`Strategy.whole_state`) where the live one is sharded.
+        """
+        save_adapter(self.model, directory, None if state is None else below("model.", state))

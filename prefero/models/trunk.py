@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 Module = TypeVar("Module", bound=nn.Module)
 
 _PARTS, _ROWS_A_PART = 4, 8
+_LOUD = 1e6
 
 
 def trunk_of(model: Any) -> Any:
     """The part of a Hugging Face model below its head: `LlamaForCausalLM` gives its `LlamaModel`, a trunk itself."""
     return getattr(model, "base_model", model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its parameters are, or visit while they wait in main memory (FSDP's offload).
+
+    The CPU for a model without parameters.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
+        return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return parameter.device
 
 
 def head_width(config: Any) -> int:
@@ -57,7 +70,7 @@ def model_inputs(
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(token_ids)
-    _check_length(model, token_ids, attention_mask)
+    check_length(model, token_ids, attention_mask)
     inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": attention_mask.long()}
     model_class: type = type(model)
     accepted = _accepted(model_class)
@@ -71,7 +84,8 @@ def model_inputs(
     return inputs
 
 
-def _check_length(model: Any, token_ids: Tensor, attention_mask: Tensor) -> None:
+def check_length(model: Any, token_ids: Tensor, attention_mask: Tensor) -> None:
+    """Raises ValueError for a text longer than a table of learned positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None or token_ids.shape[1] <= limit:
         return
@@ -83,8 +97,8 @@ def _check_length(model: Any, token_ids: Tensor, attention_mask: Tensor) -> None
         )
 
 
-def hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last hidden states [B, S, D] of `token_ids` [B, S] under `attention_mask` [B, S]."""
+def padded_hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last hidden states [B, S, D] of `token_ids` [B, S] under `attention_mask` [B, S], padding computed too."""
     output: Tensor = trunk(**model_inputs(trunk, token_ids, attention_mask)).last_hidden_state
     return output
 
@@ -120,17 +134,34 @@ def contiguous_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
     return (inputs[0].contiguous(), *inputs[1:])
 
 
+Forwards = list[tuple[nn.Module, Callable[..., Tensor]]]
+"""Modules, and what stands in for their `forward`."""
+
+
 @contextmanager
-def full_precision_head(model: Any) -> Iterator[None]:
-    """The output head of a causal model in float32 (or better) inside, whatever autocast or the weights say.
+def replaced(forwards: Forwards) -> Iterator[None]:
+    """These forwards in the place of the modules' own inside; what was there before comes back after."""
+    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            cast(Any, module).forward = forward  # the attribute hides the class's method until it is deleted
+        yield
+    finally:
+        for module, own in before:
+            vars(module).pop("forward", None)
+            if own is not None:
+                cast(Any, module).forward = own
+
+
+def full_precision_head(model: Any) -> Forwards:
+    """The output head of a causal model in float32 (or better), whatever autocast or the weights say.
 
     As `functional.logprobs.selected` applies it: bf16 logits between 16 and 32 are 0.125 apart, and a sampler that
     rounds where the trainer does not would be another policy.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        yield
-        return
+        return []
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
@@ -138,12 +169,7 @@ def full_precision_head(model: Any) -> Iterator[None]:
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.to(dtype).contiguous(), weight, bias)
 
-    instance: Any = head  # the attribute hides the class's method until it is deleted
-    instance.forward = forward
-    try:
-        yield
-    finally:
-        del instance.forward
+    return [(head, forward)]
 
 
 @torch.no_grad()
@@ -151,14 +177,16 @@ def head_is_plain(model: Any) -> bool:
     """Whether a causal model's logits are its output head on its trunk's last hidden state, and nothing more.
 
     Some families scale or soft-cap their logits (Gemma 2, Cohere, Granite): for those the head may not be applied to
-    response positions alone. Found out by trial on a three-token text, whatever the family.
+    response positions alone. Found out by trial on a three-token text, whatever the family, with a head a million times
+    as loud: a cap far above the logits of today changes those of tomorrow.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
     probe = torch.tensor([[0, 1, 0]], device=head.weight.device)
-    with evaluating(model):
-        ours = head(hidden_states(trunk_of(model), probe, None))
+    usual = head.forward
+    with evaluating(model), replaced([(head, lambda hidden: usual(hidden) * _LOUD)]):
+        ours = head(padded_hidden_states(trunk_of(model), probe, None))
         theirs = model(**model_inputs(model, probe, None)).logits
     return bool(torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-4))
 

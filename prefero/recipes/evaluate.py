@@ -27,9 +27,8 @@ from prefero.recipes.session import open_session
 from prefero.recipes.sources import Sources, open_sources
 from prefero.recipes.use import load_for_use
 from prefero.rewards.model import ModelReward
-from prefero.rollout.hf import HFEngine
-from prefero.strategies.group import Group
-from prefero.strategies.naive import NaiveStrategy
+from prefero.rollout.make import make_engine
+from prefero.strategies import NaiveStrategy, Strategy
 from prefero.tracking.base import sample_rows
 from prefero.tracking.report import write_report
 from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
@@ -48,11 +47,13 @@ def evaluate(args: Namespace) -> None:
     # Whatever may be wrong is found before a folder is made, or --overwrite clears one.
     sources = open_sources(config.data, config.seed)
     if args.hhh:
-        measure = _preferences(config, actor, tokenizer, reward_model, strategy.device)
+        measure = _preferences(config, actor, tokenizer, reward_model, strategy)
     else:
-        measure = _answers(args, config, sources, actor, tokenizer, reward_model, strategy.group)
+        measure = _answers(args, config, sources, actor, tokenizer, reward_model, strategy)
     folder = Path(args.out) if args.out else free_folder("evaluate")
-    with open_session(config, folder, strategy, overwrite=args.overwrite, stage="eval", sources=sources) as session:
+    with open_session(
+        config, folder, strategy, overwrite=args.overwrite, stage="eval", sources=sources, stoppable=False
+    ) as session:
         session.tracker.start("eval", 1)
         metrics, rollouts = measure()
         session.tracker.log_samples(sample_rows(rollouts), 0)
@@ -88,17 +89,17 @@ def _answers(
     actor: Actor,
     tokenizer: Any,
     reward_model: Path | None,
-    group: Group,
+    strategy: Strategy,
 ) -> Measure:
     """Answers to the held-out prompts: reward, gold, diversity, and the KL where there is a reference."""
     if args.reward_model:  # named to be asked, also where the run's own rewards are others
         config = replace(config, ppo=replace(config.ppo, rewards={}))
-    examination = make_examination(config, sources, tokenizer, reward_model, group)
+    examination = make_examination(config, sources, tokenizer, reward_model, strategy)
     named = _part_of(Path(args.model).expanduser(), "sft", args.reference)
     reference = None if named is None else load_for_use(str(named), config.strategy.device)[0]
 
     def measure() -> tuple[Metrics, list[ScoredRollout]]:
-        result = examination(HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size))
+        result = examination(make_engine(actor, tokenizer, config.engine))
         metrics = dict(result.metrics)
         if reference is not None:
             metrics["eval/kl"] = fmean(kl_from_reference(result.rollouts, reference, config.ppo.temperature))
@@ -108,10 +109,10 @@ def _answers(
 
 
 def _preferences(
-    config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None, device: torch.device
+    config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None, strategy: Strategy
 ) -> Measure:
     """The HHH pairs, by the policy and, where there is one, by the reward model."""
-    how = Judging(reward_model, config.reward.max_length, device=device)
+    how = Judging(strategy, reward_model, config.reward.max_length)
     scorer = None if reward_model is None else load_model_reward(str(reward_model), how)
     pairs, limits = hhh_pairs(), Limits.of(actor.model.config)
     for pair in pairs:

@@ -15,7 +15,7 @@ import torch
 from prefero.functional import kl, masked
 from prefero.models.base import Actor
 from prefero.models.lora import has_lora
-from prefero.models.trunk import evaluating
+from prefero.models.trunk import device_of, evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.collect import collect, completion_of
 from prefero.rollout.engine import Engine, SamplingParams
@@ -153,7 +153,7 @@ def kl_from_reference(
     adapters off by giving that actor.
     """
     differences: list[float] = []
-    device = next(reference.parameters()).device
+    device = device_of(reference)
     with evaluating(reference), reference.reference() if has_lora(reference.model) else nullcontext():
         for start in range(0, len(rollouts), batch_size):
             batch = collate_rollouts(rollouts[start : start + batch_size], device)

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from prefero.config import CheckpointConfig
+from prefero.recipes.origin import check_origin
 from prefero.strategies.base import Strategy
 from prefero.strategies.checkpoint import Checkpoint, Checkpoints
 from prefero.tracking.jsonl import JsonlTracker
@@ -34,11 +35,20 @@ class Keeps(Protocol):
     def restore(self, saved: Saved) -> None: ...
 
 
-class Stop:
-    """Whether SIGTERM or SIGINT (Ctrl-C) has asked this process to end; the second one ends it at once."""
+_ECHO = 2.0
+"""Seconds in which further signals are the same wish: a scheduler and torchrun each pass it on."""
 
-    def __init__(self) -> None:
+
+class Stop:
+    """Whether SIGTERM or SIGINT (Ctrl-C) has asked this process to end; a later second one ends it at once.
+
+    told: called when it is asked.
+    """
+
+    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
         self.asked = False
+        self._told = told
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -52,16 +62,22 @@ class Stop:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if time.monotonic() - self._since < _ECHO:
+                return
             raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this step, and saving; once more to stop at once", file=sys.stderr)
+        self.asked, self._since = True, time.monotonic()
+        self._told()
+        print(
+            f"stopping after this step, and saving; once more, in {_ECHO:.0f} seconds or later, to stop at once",
+            file=sys.stderr,
+        )
 
 
 class Keeper:
     """The checkpoints of one stage, and what goes into each of them.
 
     logs: the files that its numbers go to; a checkpoint remembers how long they were, so that going on from it neither
-    loses nor doubles a row.
+    loses nor doubles a row. origin: what the run is made of (`recipes.origin`), which checkpoints name.
     """
 
     def __init__(
@@ -72,7 +88,9 @@ class Keeper:
         settings: CheckpointConfig,
         stop: Stop,
         say: Callable[[str], None],
+        origin: Mapping[str, Any],
     ) -> None:
+        self.origin = origin
         self.checkpoints = checkpoints
         self.strategy = strategy
         self.logs = list(logs)
@@ -89,10 +107,14 @@ class Keeper:
         self.checkpoints.wait()
 
     def find(self) -> bool:
-        """Looks for what there is to go on from, and cuts the logs back to it; False where the stage never began."""
+        """Looks for what there is to go on from, and cuts the logs back to it; False where the stage never began.
+
+        Raises ConfigError when the config or a file is not what it was; see `check_origin`.
+        """
         self.saved = self.checkpoints.latest(self.say)
         if self.saved is None:
             return False
+        check_origin(self.saved.state["origin"], self.origin, self.saved.folder, self.say)
         if self.strategy.is_rank_0:
             for log, sizes in zip(self.logs, self.saved.state["logs"], strict=True):
                 log.cut(sizes)
@@ -130,7 +152,8 @@ class Keeper:
         keep_strategy(snapshot, self.strategy)
         for part in parts:
             part.keep(snapshot)
-        state: dict[str, Any] = {**snapshot.values, "logs": [log.sizes() for log in self.logs]}
+        logs = [log.sizes() for log in self.logs]
+        state: dict[str, Any] = {**snapshot.values, "logs": logs, "origin": self.origin}
         self.checkpoints.save(step, snapshot.tensors, state)
         self._last = time.monotonic()
 

@@ -23,8 +23,8 @@ from prefero.recipes.session import Session, adamw, load_policy, num_parameters,
 from prefero.recipes.sources import Sources, Split, spread
 from prefero.recipes.watcher import Watcher
 from prefero.rollout.engine import SamplingParams
-from prefero.rollout.hf import HFEngine
-from prefero.strategies.group import Group
+from prefero.rollout.make import make_engine
+from prefero.strategies import Strategy
 from prefero.trainer import PPOTrainer
 from prefero.types import Prompt
 
@@ -41,12 +41,12 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
         critic = make_critic(config, policy)
     set_up_machine(num_parameters(actor), config.strategy.threads)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
-    examination = make_examination(config, session.sources, tokenizer, reward_model, strategy.group)
+    examination = make_examination(config, session.sources, tokenizer, reward_model, strategy)
 
     actor_optim = adamw(config, actor, settings.learning_rate)
     critic_optim = adamw(config, critic, settings.critic_learning_rate)
     strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
-    engine = HFEngine(actor, tokenizer, batch_size=config.evaluate.batch_size)
+    engine = make_engine(actor, tokenizer, config.engine, session.say)
     optimizer_steps = settings.steps
     schedulers = [
         schedule(actor_optim, settings.schedule, optimizer_steps, settings.warmup_fraction, settings.critic_warmup),
@@ -70,6 +70,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
         engine=engine,
         sampling=sampling_params(config),
         num_samples=settings.num_samples,
+        max_logprob_mismatch=settings.max_logprob_mismatch,
         schedulers=schedulers,
     )
     watcher.trainer = trainer
@@ -88,6 +89,7 @@ def make_critic(config: Config, policy: str) -> Critic:
         pretrained=policy,
         num_layers=config.ppo.critic_layers or None,
         level=config.ppo.level,
+        checkpoint=config.model.gradient_checkpointing,
         trust_remote_code=config.model.trust_remote_code,
     )
 
@@ -139,13 +141,13 @@ def load_prompts(config: Config, sources: Sources, tokenizer: PreTrainedTokenize
 
 
 def make_examination(
-    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None, group: Group
+    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None, strategy: Strategy
 ) -> Examination:
     """The held-out prompts with the run's reward and its independent scorer."""
-    how = Judging(reward_model, config.reward.max_length, config.evaluate.batch_size, group.device)
+    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size)
     yardsticks = sources.yardsticks()
     if config.evaluate.gold:
-        gold = build_part("gold", RewardPart(use=config.evaluate.gold), how)
+        gold = build_part("gold", RewardPart(use=config.evaluate.gold), how, "evaluate.gold")
         yardsticks = replace(yardsticks, gold=gold, gold_name=config.evaluate.gold)
     return Examination(
         prompts=spread(load_prompts(config, sources, tokenizer, "heldout"), config.evaluate.num_prompts),
@@ -154,5 +156,5 @@ def make_examination(
         # A seed of its own: the examination's draws are never those of a training step.
         sampling=replace(sampling_params(config), seed=config.seed + 1_000_003),
         num_samples=config.evaluate.num_samples,
-        group=group,
+        group=strategy.group,
     )

@@ -126,4 +126,4 @@ def _check_ppo(config: Config, sources: Sources, policy: _Policy | None, *, trai
         for name, part in parts_or_default(ppo.rewards).items():
             check_part(name, part, prompts, trained=trained)
         if config.evaluate.gold:
-            check_part("gold", RewardPart(use=config.evaluate.gold), prompts, trained=False)
+            check_part("gold", RewardPart(use=config.evaluate.gold), prompts, trained=False, key="evaluate.gold")

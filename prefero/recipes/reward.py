@@ -21,7 +21,7 @@ from prefero.data import (
 from prefero.models.auto import AutoRM
 from prefero.models.base import RewardModel
 from prefero.models.loading import load_tokenizer
-from prefero.models.trunk import evaluating
+from prefero.models.trunk import device_of, evaluating
 from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
@@ -39,7 +39,11 @@ def train_reward(session: Session, policy: str) -> Metrics:
     tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
     with session.strategy.model_init_context():
         model = AutoRM(
-            pretrained=backbone, lora_rank=settings.lora_rank, trust_remote_code=trust, dropout=settings.dropout
+            pretrained=backbone,
+            checkpoint=config.model.gradient_checkpointing,
+            lora_rank=settings.lora_rank,
+            trust_remote_code=trust,
+            dropout=settings.dropout,
         )
     set_up_machine(num_parameters(model), config.strategy.threads)
     limits = Limits.of(model.model.config)
@@ -82,7 +86,7 @@ def score_statistics(model: RewardModel, batches: Iterable[PreferenceBatch]) -> 
     Comparisons leave a reward's zero and unit open. With these two, a KL coefficient means the same for any reward
     model (Ziegler et al., arXiv:1909.08593, normalise for the same reason).
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         scores = torch.cat([model(batch.token_ids.to(device), batch.attention_mask.to(device)) for batch in batches])
     return float(scores.mean()), float(scores.std())

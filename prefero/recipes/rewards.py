@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefero.config import ConfigError, RewardPart
 from prefero.models.base import RewardModel
 from prefero.models.loading import load_config, load_tokenizer, resolve
@@ -23,20 +21,21 @@ from prefero.rewards.combined import WeightedSum
 from prefero.rewards.functions import FunctionReward, load_function
 from prefero.rewards.model import ModelReward
 from prefero.rewards.rules import Contains, EndsWithEOS, LengthPenalty, MaxWords, NoRepetition, Vader
+from prefero.strategies import NaiveStrategy, Strategy
 from prefero.types import Prompt
 
 
 @dataclass(frozen=True)
 class Judging:
-    """How reward models are used: texts of at most `max_length` tokens, `batch_size` at once, on `device`.
+    """How reward models are used: texts of at most `max_length` tokens, `batch_size` at once, placed by `strategy`.
 
     trained: the folder of the reward model that `trained` means, if there is one.
     """
 
+    strategy: Strategy
     trained: Path | None
     max_length: int = 512
     batch_size: int = 32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 immutable
 
 
 def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
@@ -53,51 +52,51 @@ def parts_or_default(parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart
     return parts or {"reward_model": RewardPart(use="trained")}
 
 
-def build_part(name: str, part: RewardPart, how: Judging) -> Reward:
-    """One term of a reward."""
+def build_part(name: str, part: RewardPart, how: Judging, key: str = "") -> Reward:
+    """One term of a reward. key: where `use` was given, if not among `ppo.rewards`."""
+    key = key or f"ppo.rewards.{name}.use"
     kind, _, rest = part.use.partition(":")
     if part.use == "trained":
         if how.trained is None:
-            raise ConfigError(_untrained(name))
+            raise ConfigError(_untrained(key))
         return load_model_reward(str(how.trained), how, part.clamp)
     if kind == "model":
         return load_model_reward(rest, how, part.clamp)
     if kind == "rule":
-        return build_rule(name, rest)
+        return build_rule(key, rest)
     if part.use == "vader":
         return Vader()
     if rest:
-        with _users_code(f"ppo.rewards.{name}.use: loading {part.use}", ValueError):
+        with _users_code(f"{key}: loading {part.use}", ValueError):
             function = load_function(part.use)
         return FunctionReward(_guarded(function, name), name=name)
     raise ConfigError(
-        f"ppo.rewards.{name}.use is {part.use!r}; write trained, model:FOLDER, module:function, file.py:function, "
-        "rule:NAME or vader"
+        f"{key} is {part.use!r}; write trained, model:FOLDER, module:function, file.py:function, rule:NAME or vader"
     )
 
 
-def _untrained(name: str) -> str:
+def _untrained(key: str) -> str:
     return (
-        f"ppo.rewards.{name}.use is `trained`, but no reward model was trained before this stage; "
-        f"name one, e.g. --ppo.rewards.{name}.use model:runs/my-run/checkpoints/reward/model "
+        f"{key} is `trained`, but no reward model was trained before this stage; "
+        f"name one, e.g. --{key} model:runs/my-run/checkpoints/reward/model "
         "(`prefero evaluate` takes it as --reward-model)"
     )
 
 
-def check_part(name: str, part: RewardPart, prompts: Sequence[Prompt], *, trained: bool) -> None:
+def check_part(name: str, part: RewardPart, prompts: Sequence[Prompt], *, trained: bool, key: str = "") -> None:
     """Raises what `build_part`, or the reward at one of these prompts, would; reads no reward model's weights.
 
-    trained: whether there will be what `trained` means.
+    trained: whether there will be what `trained` means. key: as in `build_part`.
     """
     if part.use.startswith("model:"):
         check_judge(part.use.removeprefix("model:"))
     elif part.use != "trained":
-        reward = build_part(name, part, Judging(None))
+        reward = build_part(name, part, Judging(NaiveStrategy("cpu"), None), key)
         if isinstance(reward, FunctionReward):
             for prompt in prompts:
                 reward.check(prompt)
     elif not trained:
-        raise ConfigError(_untrained(name))
+        raise ConfigError(_untrained(key or f"ppo.rewards.{name}.use"))
 
 
 @contextmanager
@@ -149,15 +148,15 @@ def _refuse(text: str) -> Reward:
     raise ValueError(f"this rule takes nothing after its name, not {text!r}")
 
 
-def build_rule(part: str, text: str) -> Reward:
-    """A rule as NAME or NAME:ARGUMENT, e.g. max_words:30, no_repetition:3, contains:please,thanks."""
+def build_rule(key: str, text: str) -> Reward:
+    """A rule as NAME or NAME:ARGUMENT, e.g. max_words:30, no_repetition:3, contains:please,thanks; key: who uses it."""
     name, _, argument = text.partition(":")
     if name not in _RULES:
-        raise ConfigError(f"ppo.rewards.{part}.use names the rule {name!r}; the rules are {', '.join(_RULES)}")
+        raise ConfigError(f"{key} names the rule {name!r}; the rules are {', '.join(_RULES)}")
     try:
         return _RULES[name](argument)
     except ValueError as error:
-        raise ConfigError(f"ppo.rewards.{part}.use is 'rule:{text}': {error}; e.g. rule:max_words:30") from None
+        raise ConfigError(f"{key} is 'rule:{text}': {error}; e.g. rule:max_words:30") from None
 
 
 def check_judge(name: str) -> None:
@@ -178,8 +177,9 @@ def load_model_reward(name: str, how: Judging, clamp: float = 0.0) -> ModelRewar
     Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
     """
     check_judge(name)
-    model = RewardModel.from_pretrained(name)
-    model.requires_grad_(False).to(how.device)
+    with how.strategy.model_init_context():
+        model = RewardModel.from_pretrained(name)
+    how.strategy.prepare(model.requires_grad_(False))
     max_length = Limits.of(model.model.config).shorten(how.max_length)
     mean, std = read_statistics(Path(resolve(name)))
     return ModelReward(

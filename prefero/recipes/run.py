@@ -6,23 +6,31 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count, takewhile
 from pathlib import Path
 
-from prefero.config import KINDS_OF_KEYS, Config, ConfigError, StrategyConfig, flat, load_config, to_dict
+from prefero.config import (
+    KINDS_OF_KEYS,
+    Config,
+    ConfigError,
+    StrategyConfig,
+    load_config,
+    parse_overrides,
+    resolve_key,
+    to_dict,
+)
 from prefero.recipes.keeper import STOPPED, StoppedError
+from prefero.recipes.origin import check_config
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
 from prefero.recipes.preflight import preflight
 from prefero.recipes.session import Session, make_strategy, open_session
 from prefero.recipes.show import show_result
-from prefero.strategies.pulse import BrokenRunError, explained
+from prefero.strategies.pulse import BROKEN, BrokenRunError, explained
 from prefero.tracking.run_folder import RunFolder
 from prefero.tracking.text import for_terminal
-
-BROKEN = 76
-"""The exit status where the processes of a run could not go on together; it can be resumed."""
 
 _STAGES: dict[str, Callable[[Session], None]] = {
     "pipeline": run_pipeline,
@@ -49,7 +57,8 @@ def run(
 ) -> int:
     """Runs pipeline, sft, reward or ppo; quickstart is the pipeline of configs/quickstart.yaml.
 
-    resume: goes on with the run in `out`. Returns the exit status: 0, or that of a run that was asked to stop.
+    resume: goes on with the run in `out`, or the last one of that name below runs/ that has not ended. Returns the exit
+    status: 0, or that of a run that was asked to stop.
     """
     stage = "pipeline" if command == "quickstart" else command
     path = find_config(config)
@@ -57,11 +66,11 @@ def run(
     name = command if command == "quickstart" else f"{path.stem}-{command}"
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
-    if resume and not out:
-        raise ConfigError("--resume needs to know which run to go on with; name its folder with --out")
+    folder = Path(out) if out else None
     if resume:
-        _check_same(Path(out), settings)
-    return _run(Plan(stage, settings, Path(out) if out else None, name, overwrite, resume))
+        folder = folder or _interrupted(name)
+        _check_same(folder, settings)
+    return _run(Plan(stage, settings, folder, name, overwrite, resume))
 
 
 def resume(folder: str, overrides: Sequence[str]) -> int:
@@ -72,17 +81,17 @@ def resume(folder: str, overrides: Sequence[str]) -> int:
         raise ConfigError(
             f"{folder} does not say which command made it, so it cannot be resumed; run the command again"
         )
-    settings = load_config(found.config_file, [*_other_kind(overrides), *overrides], section=stage)
+    settings = load_config(found.config_file, [*_forgotten(overrides, stage), *overrides], section=stage)
     _check_same(found.path, settings)
     return _run(Plan(stage, settings, found.path, "", resume=True))
 
 
-def _other_kind(overrides: Sequence[str]) -> list[str]:
-    """Where a run goes on with another kind of strategy, what was said of the former kind is forgotten."""
-    if not any(word.partition("=")[0] in ("--strategy.kind", "--kind") for word in overrides):
-        return []
-    default = StrategyConfig()
-    return [word for key in KINDS_OF_KEYS for word in (f"--strategy.{key}", str(getattr(default, key)).lower())]
+def _forgotten(overrides: Sequence[str], stage: str) -> list[str]:
+    """Where a run goes on with a named kind of strategy, the keys that have no effect with it become their defaults."""
+    named = {resolve_key(key, section=stage, flag=True): text for key, text in parse_overrides(overrides)}
+    kind = named.get(("strategy", "kind"))
+    unused = [key for key, kinds in KINDS_OF_KEYS.items() if kind is not None and kind not in kinds]
+    return [word for key in unused for word in (f"--strategy.{key}", str(getattr(StrategyConfig(), key)).lower())]
 
 
 def _run(plan: Plan) -> int:
@@ -117,21 +126,14 @@ def _run(plan: Plan) -> int:
 
 
 def _check_same(folder: Path, config: Config) -> None:
-    """A run that has not ended goes on with the config it began with; only where and when it is saved may differ."""
+    """A run that has not ended goes on with the config it began with."""
     run = RunFolder.open(folder)
     if "seconds" in run.summary():
         raise ConfigError(
             f"{folder} has ended: there is nothing to go on with. `prefero report {folder}` writes its report anew; to "
             "run it again, give another --out"
         )
-    then, now = (flat(settings) for settings in (run.config(), to_dict(config)))
-    changed = sorted(
-        key for key in then.keys() | now.keys()
-        if then.get(key) != now.get(key) and not key.startswith(("strategy.", "checkpoint."))
-    )  # fmt: skip
-    if changed:
-        told = ", ".join(f"{key} ({then.get(key)!r}, now {now.get(key)!r})" for key in changed[:5])
-        raise ConfigError(f"{folder} was begun with another config: {told}; resume with the same, or give a new --out")
+    check_config(run.config(), to_dict(config), str(folder))
 
 
 def find_config(name: str) -> Path:
@@ -161,9 +163,22 @@ def shipped_configs() -> Path:
 
 def free_folder(name: str) -> Path:
     """runs/NAME, or runs/NAME-2, -3, ... when that is taken."""
+    return next(folder for folder in _folders(name) if not folder.exists())
+
+
+def _interrupted(name: str) -> Path:
+    """The last of these that is there and has not ended. Raises ConfigError where there is none."""
+    there = (RunFolder(folder) for folder in takewhile(Path.exists, _folders(name)))
+    begun = [run.path for run in there if run.summary_file.is_file() and "seconds" not in run.summary()]
+    if not begun:
+        raise ConfigError(
+            f"--resume goes on with an interrupted run, and there is none in runs/{name}, runs/{name}-2, ...: name its "
+            "folder with --out"
+        )
+    return begun[-1]
+
+
+def _folders(name: str) -> Iterator[Path]:
     base = Path("runs") / name
-    folder, number = base, 1
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+    yield base
+    yield from (base.with_name(f"{name}-{number}") for number in count(2))

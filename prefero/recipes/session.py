@@ -29,9 +29,10 @@ from prefero.models.loading import enable_checkpointing, load_tokenizer
 from prefero.models.lora import has_lora
 from prefero.optimizer import HybridAdam
 from prefero.recipes.keeper import Keeper, Stop
+from prefero.recipes.origin import origin
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
-from prefero.strategies.checkpoint import Checkpoints
+from prefero.strategies.checkpoint import Checkpoints, DamagedCheckpointError
 from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
 from prefero.tracking.base import Tracker, Trackers
 from prefero.tracking.console import ConsoleTracker
@@ -77,6 +78,8 @@ class Session:
         with ExitStack() as stack:
             # Without a first checkpoint nothing was done yet, and the folder may be half made.
             begun = (folder / _STATE).is_dir()
+            if self.resume and not begun:
+                _check_nothing_done(folder, self.run)
             run, logs = _open_folder(
                 stack, self.strategy, folder, self.config, name, resume=self.resume and begun, overwrite=self.resume
             )
@@ -97,9 +100,12 @@ class Session:
         """The checkpoints of this stage: begun, or found where the run is being resumed."""
         settings = self.config.checkpoint
         checkpoints = Checkpoints(self.run.path / _STATE, self.strategy.group, settings.keep)
-        keeper = Keeper(checkpoints, self.strategy, self.logs, settings, self.stop, self.say)
-        if not (self.resume and keeper.find()):
-            keeper.begin()
+        keeper = Keeper(checkpoints, self.strategy, self.logs, settings, self.stop, self.say, origin(self.config))
+        if self.resume and keeper.find():
+            return keeper
+        if self.resume:
+            _check_nothing_done(self.run.path)
+        keeper.begin()
         return keeper
 
     def say(self, text: str) -> None:
@@ -110,7 +116,9 @@ class Session:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes the summary with the duration."""
         if self.strategy.is_rank_0:
-            self.run.write_summary({"command": self.command, **summary, "seconds": round(self.seconds, 1)})
+            skipped = {"skipped_steps": self.strategy.skipped_steps} if self.strategy.skipped_steps else {}
+            summary = {"command": self.command, **summary, **skipped, "seconds": round(self.seconds, 1)}
+            self.run.write_summary(summary)
 
     def report(self, run: RunFolder) -> None:
         """Writes a run's report.html."""
@@ -118,12 +126,36 @@ class Session:
             write_report(run.path)
 
     def export(self, model: Actor | RewardModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a Hugging Face folder, complete for every process when this returns."""
+        """Writes a Hugging Face folder, complete for every process when this returns.
+
+        Beside the run's own policy, which has its adapters merged, they are written alone into checkpoints/adapter.
+        Raises BrokenRunError when processes that should hold the same weights do not.
+        """
         fault("export")
+        self.strategy.verify(model)
         state = self.strategy.whole_state(model, only_rank0=True)
         if self.strategy.is_rank_0:
             model.save_pretrained(folder, tokenizer, state=state)
+            if folder == self.run.model and isinstance(model, Actor) and has_lora(model.model):
+                model.save_adapter(self.run.checkpoints / "adapter", state)
         self.strategy.group.wait()
+
+
+def _check_nothing_done(folder: Path, pipeline: RunFolder | None = None) -> None:
+    """The first checkpoint is written before the first number: numbers without one mean that it was lost.
+
+    pipeline: the run that the stage in `folder` belongs to, which has its numbers too.
+    """
+    file = RunFolder(folder).metrics_file
+    found = file.is_file() and file.stat().st_size > 0
+    if not found and pipeline is not None:
+        file = pipeline.metrics_file
+        found = any(row is not None and row.get("stage") == folder.name for row in pipeline.metrics())
+    if found:
+        raise DamagedCheckpointError(
+            f"{file} holds numbers, but {folder / _STATE} no checkpoint to go on from. Bring it back from a backup, or "
+            "begin again with --overwrite"
+        )
 
 
 @contextmanager
@@ -136,18 +168,20 @@ def open_session(
     resume: bool = False,
     stage: str = "",
     sources: Sources | None = None,
+    stoppable: bool = True,
 ) -> Iterator[Session]:
     """Makes the run folder, seeds everything, opens the logs; what was written stays readable whatever happens.
 
     sources: where rows come from, where they were opened before. resume: the folder is there already, and the run goes
-    on from its checkpoints. Only rank 0 writes anything.
+    on from its checkpoints. stoppable: SIGTERM and SIGINT are heard, and the run's keeper ends it at the next step;
+    where nothing keeps checkpoints they end it at once. Only rank 0 writes anything.
     """
     # Bars of a second or two break into the lines of the run's own display.
     transformers_logging.disable_progress_bar()
     seed_everything(config.seed)
     if sources is None:
         sources = open_sources(config.data, config.seed)
-    stop = Stop()
+    stop = Stop() if strategy.group.pulse is None else Stop(strategy.group.pulse.hurry)
     with ExitStack() as stack:
         run, logs = _open_folder(stack, strategy, folder, config, stage, overwrite=overwrite, resume=resume)
         trackers: list[Tracker] = list(logs)
@@ -155,7 +189,8 @@ def open_session(
             console = ConsoleTracker()
             stack.callback(console.close)
             trackers.append(console)
-        stack.enter_context(stop.listening())
+        if stoppable:
+            stack.enter_context(stop.listening())
         yield Session(config, run, Trackers(trackers), sources, strategy, logs, stop, stage, resume)
 
 

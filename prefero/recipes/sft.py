@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from prefero.config import Config
 from prefero.data import Loader, collate_examples, encode_rows, encode_sft, pad_id
 from prefero.data.formats import SFTRow
+from prefero.data.spelling import frame
 from prefero.data.tokenize import Example, TooLongError
 from prefero.recipes.limits import Limits
 from prefero.recipes.session import Session, Steps, adamw, load_policy, num_parameters, schedule, set_up_machine
@@ -75,7 +76,8 @@ def read_demonstrations(
         return example
 
     examples = encode_rows(rows, encode, drop=config.data.truncate == "drop")
-    num_cut = sum(example.token_ids[-1] != tokenizer.eos_token_id for example in examples)
+    end = frame(tokenizer)[1]
+    num_cut = sum(example.token_ids[-1] != end for example in examples)
     return Demonstrations(examples, len(rows) - len(examples), num_cut)
 
 

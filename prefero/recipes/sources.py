@@ -6,7 +6,6 @@ import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -142,10 +141,7 @@ class FileSources(Sources):
                 f"--data.{key.replace('_', '-')}, skip the stage, or choose a built-in world (--data.world grammar)"
             )
         if key not in self._known:  # both splits of every stage ask for them
-            # NAME:SPLIT, for hub data sets and folders whose rows are not in a split called "train".
-            name, colon, split = path.rpartition(":")
-            where = {"source": name, "split": split} if colon and not Path(path).exists() else {"source": path}
-            table = convert(read_rows(**where, max_bad_rows=self.config.max_bad_rows))
+            table = convert(read_rows(path, max_bad_rows=self.config.max_bad_rows))
             _say_what_is_missing(table)
             self._known[key] = table
         return self._known[key]

@@ -20,7 +20,7 @@ from prefero.models.base import Actor
 from prefero.models.loading import load_tokenizer
 from prefero.recipes.session import num_parameters, set_up_machine
 from prefero.rollout.engine import SamplingParams
-from prefero.rollout.hf import HFEngine
+from prefero.rollout.make import make_engine
 from prefero.strategies.naive import pick_device
 from prefero.tracking.text import for_terminal, visible
 from prefero.types import Message, Prompt
@@ -46,6 +46,9 @@ def sampling(args: Namespace, context: int | None, prompt_length: int) -> Sampli
         temperature=args.temperature or 1.0,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
         seed=args.seed,
         greedy=args.temperature == 0,
     )
@@ -62,7 +65,7 @@ def generate(args: Namespace) -> None:
     prompts = [encode_prompt(tokenizer, text, id, chat=chat) for id, text in _texts(args)]
     params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    completions = HFEngine(actor, tokenizer).generate(repeated, params)
+    completions = make_engine(actor, tokenizer).generate(repeated, params)
     rows = [
         {
             "id": prompt.id,
@@ -113,7 +116,7 @@ def _checked(text: str, name: str) -> str:
 def chat(args: Namespace) -> None:
     """`prefero chat`: a conversation in the terminal; models without a chat template continue each line on its own."""
     actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code)
-    engine, context = HFEngine(actor, tokenizer), _context(actor)
+    engine, context = make_engine(actor, tokenizer), _context(actor)
     templated = bool(tokenizer.chat_template)
     if args.system and not templated:
         raise ValueError(f"--system is given, but {args.model} has no chat template to put it in; leave it out")
@@ -155,7 +158,7 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _say(engine: HFEngine, prompt: Prompt, params: SamplingParams) -> str:
+def _say(engine: Any, prompt: Prompt, params: SamplingParams) -> str:
     pieces = []
     for piece in engine.stream(prompt, params):
         pieces.append(piece)

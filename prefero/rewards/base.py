@@ -52,6 +52,11 @@ def as_number(value: Any, reward: str, rollout: Rollout) -> float:
     )
 
 
+def goes_in_step(reward: Reward) -> bool:
+    """Whether all processes must call a reward for equally many rollouts: a model in it is shared out over them."""
+    return bool(getattr(reward, "in_step", False))
+
+
 def checked_scores(reward: Reward, rollouts: Sequence[Rollout], name: str | None = None) -> list[Score]:
     """Calls a reward once and returns its scores, or stops at the first answer that is not a finite number.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from prefero.rewards.base import Reward, checked_scores
+from prefero.rewards.base import Reward, checked_scores, goes_in_step
 from prefero.types import Rollout, Score
 
 
@@ -27,6 +27,7 @@ class WeightedSum:
                 raise ValueError(f"weighted sum part {part!r} has weight {weight!r}: give a finite number")
         self.parts = dict(parts)
         self.name = name
+        self.in_step = any(goes_in_step(reward) for reward, _ in parts.values())
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One score a rollout."""

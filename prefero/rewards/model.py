@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prefero.data.collate import right_pad
 from prefero.data.spelling import frame, pad_id
 from prefero.data.tokenize import encode_conversation, encode_example, encode_prompt, keep_end
-from prefero.models.trunk import evaluating
+from prefero.models.trunk import device_of, evaluating
 from prefero.types import Prompt, Rollout, Score
 
 
@@ -29,7 +30,8 @@ class ModelReward:
     texts per forward, longest first. max_length: tokens a text may have. shift, scale: the score is
     (output - shift) / scale. clamp: then limited to -clamp ... clamp. A prompt that was messages
     (columns["messages"]) is read with the completion through the tokenizer's own chat template, if it has one.
-    `num_truncated` counts the texts cut so far. Raises ValueError for settings that mean nothing.
+    `num_truncated` counts the texts cut so far; `in_step` is true of a model that was shared out over processes, which
+    all of them must call equally often. Raises ValueError for settings that mean nothing.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class ModelReward:
         self.max_length = max_length
         self.shift, self.scale, self.clamp = shift, scale, clamp
         self.name = "reward_model"
+        parameters = reward_model.parameters() if isinstance(reward_model, nn.Module) else ()
+        self.in_step = any(isinstance(parameter, DTensor) for parameter in parameters)
         self.num_truncated = 0
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -96,7 +100,7 @@ class ModelReward:
         """The reward model's outputs in the texts' order."""
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         results = [math.nan] * len(texts)
-        device = next((p.device for p in self.reward_model.parameters()), torch.device("cpu"))
+        device = device_of(self.reward_model)
         with torch.no_grad(), evaluating(self.reward_model):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]

@@ -115,8 +115,8 @@ class ReplayBuffer(ABC):
         """Forgets every row."""
 
     @abstractmethod
-    def sample(self) -> Experience:
-        """A random batch of `sample_batch_size` different rows."""
+    def sample(self, order: random.Random | None = None) -> Experience:
+        """A random batch of `sample_batch_size` different rows; order: what it is drawn from (None: the global one)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -156,13 +156,13 @@ class NaiveReplayBuffer(ReplayBuffer):
         self.items.clear()
 
     @torch.no_grad()
-    def sample(self) -> Experience:
+    def sample(self, order: random.Random | None = None) -> Experience:
         if self.sample_batch_size > len(self.items):
             raise ValueError(
                 f"the buffer holds {len(self.items)} rows, fewer than a batch of {self.sample_batch_size}: collect "
                 "more before learning or lower train_batch_size"
             )
-        experience = make_experience_batch(random.sample(self.items, self.sample_batch_size))
+        experience = make_experience_batch((order or random).sample(self.items, self.sample_batch_size))
         return experience if self.target_device is None else experience.to_device(self.target_device)
 
     def __len__(self) -> int:

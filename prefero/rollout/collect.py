@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from prefero.faults import fault
-from prefero.rewards.base import Reward, checked_scores
+from prefero.rewards.base import Reward, checked_scores, goes_in_step
 from prefero.rollout.engine import Engine, SamplingParams, TruncatedCompletion
 from prefero.strategies.group import Group
 from prefero.types import Completion, Prompt, Rollout, Score, ScoredRollout
@@ -31,7 +31,7 @@ def collect(
     Returns len(prompts) * num_samples rollouts in group order: all samples of the first prompt, then of the second. A
     prompt that stands there twice draws other samples the second time. group: every process answers and scores its
     share of the prompts and gets the rollouts of all. in_step: the reward must be called by all processes for equally
-    many rollouts, so some score one twice.
+    many rollouts, so some score one twice (also where the reward says so itself: `goes_in_step`).
     Raises ValueError for no prompts, num_samples below 1, whatever the engine refuses, and at the first score that
     is missing or no finite number, naming the prompt, the reward, the value and the cure.
     """
@@ -42,7 +42,7 @@ def collect(
     prompts, share = _numbered(prompts, num_samples), group.share(len(prompts))
     grouped = [prompts[row] for row in share.rows for _ in range(num_samples)]
     num_real = share.num_real * num_samples
-    if not in_step:
+    if not (in_step or goes_in_step(reward)):
         grouped = grouped[:num_real]
     fault("rollout")
     rollouts = _answered(grouped, engine, params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class Draw:
     """One token a row, all tensors [B].
 
     logprobs: log p under the temperature alone, the number trainers recompute. sampling_logprobs: log p under the
-    distribution that was really drawn from (after forbidden tokens, top-k and top-p); equal to the former without
-    truncation, 0 where nothing was drawn (greedy).
+    distribution that was really drawn from (after other logits, forbidden tokens, top-k, top-p and min-p); equal to the
+    former where there are none of these, 0 where nothing was drawn (greedy).
     """
 
     token_ids: Tensor
@@ -109,8 +110,8 @@ def _nucleus_floor(weights: Tensor, mass: Tensor, top_p: float) -> Tensor:
     return result
 
 
-def _truncated(weights: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Weights [B, V] with everything outside top-k, then top-p, at zero; ties at the edge stay in.
+def _truncated(weights: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Weights [B, V] with everything outside top-k, then top-p, then min-p, at zero; ties at the edge stay in.
 
     Keeping ties makes the kept set depend on the row's values only, not on how a sort happens to order equals.
     """
@@ -119,6 +120,8 @@ def _truncated(weights: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1.0:
         floor = _nucleus_floor(weights, _block_sums(weights)[1][:, -1], top_p)
         weights = weights.masked_fill(weights < floor, 0.0)
+    if min_p > 0.0:
+        weights = weights.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), 0.0)
     return weights
 
 
@@ -135,13 +138,17 @@ def draw(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     allowed: Tensor | None = None,
+    instead: Tensor | None = None,
 ) -> Draw:
     """Chooses one token a row from softmax(logits / temperature), truncated as asked.
 
-    logits: [B, V]. uniform: [B] float64 in (0, 1), or None for the likeliest token (top_k and top_p then mean
-    nothing). top_k: 0 keeps all. top_p: 1 keeps all. allowed: bool, broadcastable to [B, V]; False forbids a token,
-    before top-k and top-p. Order: temperature, forbidden tokens, top-k, top-p.
+    logits: [B, V]. uniform: [B] float64 in (0, 1), or None for the likeliest token (top_k, top_p and min_p then mean
+    nothing). top_k: 0 keeps all. top_p: 1 keeps all. min_p: drops what is less likely than that part of the likeliest
+    (arXiv:2407.01082), 0 nothing. instead: [B, V], logits to draw from in the place of the model's (after penalties).
+    allowed: bool, broadcastable to [B, V]; False forbids a token. Order: temperature, forbidden tokens, top-k, top-p,
+    min-p.
     Raises ValueError when a row's logits hold NaN or plus infinity, or no token is left.
     """
     if logits.device.type == "mps":  # has no float64
@@ -156,18 +163,31 @@ def draw(
             f"logits of row {row} are not finite (their softmax sums to {float(ends[row, -1])}): the model's weights "
             "have probably diverged; lower the learning rate, clip gradients, or go back to an earlier checkpoint"
         )
-    left = scaled
+    left = scaled if instead is None else instead.float() / temperature
     if allowed is not None:
-        left = scaled.masked_fill(~allowed.to(scaled.device), -torch.inf)
+        left = left.masked_fill(~allowed.to(left.device), -torch.inf)
+    if left is not scaled:
         weights, peak = _exponentials(left)
         if not bool(peak.isfinite().all()):
             raise ValueError("min_new_tokens forbids the only token the model gives any probability: set it to 0")
     if uniform is None:
         chosen = left.argmax(-1)
     else:
-        if allowed is not None or top_k > 0 or top_p < 1.0:
-            blocks, ends = _block_sums(_truncated(weights, top_k, top_p))
+        if left is not scaled or top_k > 0 or top_p < 1.0 or min_p > 0.0:
+            blocks, ends = _block_sums(_truncated(weights, top_k, top_p, min_p))
         chosen = _pick(blocks, ends, uniform.to(ends.device))
-    logit = scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).double()
-    chances = torch.zeros_like(logit) if uniform is None else logit - peak - ends[:, -1].log()
-    return Draw(chosen, logit - normaliser, chances)
+    own, drawn = (found.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).double() for found in (scaled, left))
+    chances = torch.zeros_like(own) if uniform is None else drawn - peak - ends[:, -1].log()
+    return Draw(chosen, own - normaliser, chances)
+
+
+def penalised(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits [B, V] in which each row's tokens seen are less likely (Keskar et al., arXiv:1909.05858, equation 1).
+
+    Positive ones are divided by the penalty and negative ones multiplied, as everyone does since.
+    """
+    rows = torch.tensor([row for row, ids in enumerate(seen) for _ in ids], dtype=torch.int64, device=logits.device)
+    columns = torch.tensor([token for ids in seen for token in ids], dtype=torch.int64, device=logits.device)
+    found = logits[rows, columns].float()
+    changed = torch.where(found > 0, found / penalty, found * penalty)
+    return logits.float().index_put((rows, columns), changed)

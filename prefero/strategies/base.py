@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class Strategy(ABC):
             precision = "bf16" if has_native_bf16(self.device) else "fp32"
         self.precision = precision
         self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
+        self._scaled_by: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
+        """What the gradients at hand were scaled by: the factor may move before their optimizer steps."""
 
     @abstractmethod
     def setup_distributed(self) -> None:
@@ -103,7 +106,9 @@ class Strategy(ABC):
 
     def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer) -> None:
         """Adds the gradients of `loss`, summed over processes, to the model's parameters."""
-        scale = self.group.world_size * (1.0 if self.loss_scale is None else self.loss_scale.scale)
+        scale = float(self.group.world_size)
+        if self.loss_scale is not None:
+            scale *= self._scaled_by.setdefault(optimizer, self.loss_scale.scale)
         # Processes average; a sum is wanted, and a factor that is a power of two costs no precision.
         (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
@@ -116,8 +121,9 @@ class Strategy(ABC):
         limit = self.max_norm if max_norm is None else max_norm
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.loss_scale is not None:
+            scale = self._scaled_by.pop(optimizer, self.loss_scale.scale)
             for parameter in parameters:
-                parameter.grad.div_(self.loss_scale.scale)
+                parameter.grad.div_(scale)
         norm = nn.utils.get_total_norm([p.grad for p in parameters], self.norm_type)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         size = float(norm)
@@ -248,11 +254,14 @@ class Strategy(ABC):
         Raises ValueError naming the file when it is missing, unreadable or does not fit.
         """
         state = files.read_tensors(Path(path), map_location)
-        if isinstance(model, HasCheckpointNames):
-            state = model.from_checkpoint(model.state_dict(), state)
+        own = model.state_dict()
         try:
+            if isinstance(model, HasCheckpointNames):
+                state = model.from_checkpoint(own, state)
+            if not state.keys() & own.keys():
+                raise ValueError("it has none of the model's weights")
             self.load_whole_state(model, state, strict)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit the {type(model).__name__}: {first_lines(error)}") from error
 
     def save_optimizer(self, optimizer: Optimizer, path: str | Path, only_rank0: bool = False) -> None:
@@ -263,10 +272,31 @@ class Strategy(ABC):
 
     def load_optimizer(self, optimizer: Optimizer, path: str | Path, map_location: Any = None) -> None:
         """Reads what `save_optimizer` wrote. Raises ValueError naming the file when it does not fit."""
+        state = files.read_object(Path(path), map_location)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         try:
-            optimizer.load_state_dict(files.read_object(Path(path), map_location))
-        except (KeyError, ValueError) as error:
+            if place := state.get("sharded"):
+                raise ValueError(
+                    f"it is part {place['rank']} of {place['world_size']} of a sharded optimizer; load it with the "
+                    "strategy and the number of processes it was saved with"
+                )
+            for index, entry in state["state"].items():
+                check_shapes(entry, parameters[index].shape)
+            optimizer.load_state_dict(state)
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not fit the optimizer: {first_lines(error)}") from error
+
+
+_ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What Adam and SGD keep for each element of a parameter; other optimizers keep states of shapes of their own."""
+
+
+def check_shapes(entry: Mapping[str, Any], shape: torch.Size) -> None:
+    """Raises ValueError when a parameter's optimizer states are those of a tensor of another shape."""
+    for kind in entry.keys() & _ELEMENTWISE:
+        value = entry[kind]
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise ValueError(f"it holds {kind} of shape {list(value.shape)} for a parameter of shape {list(shape)}")
 
 
 def first_lines(error: Exception) -> str:

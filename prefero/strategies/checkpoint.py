@@ -3,8 +3,9 @@ processes.
 
 A checkpoint is a folder of safetensors and JSON: `part-R-of-N.safetensors` holds what process R had of every tensor,
 `index.json` says where the pieces of each tensor lie, `state.json` holds everything that is no tensor, and
-`manifest.json` the size and SHA-256 of them all. It is made under a temporary name, synced, renamed, read back, and
-only then named by the pointer file `latest.json`; older ones go last.
+`manifest.json` the size and SHA-256 of them all. It is made under a temporary name; every process syncs its part,
+reads it back from the disk and compares it; then the folder is renamed, and only then named by the pointer file
+`latest.json`; older ones go last. Rank 0 chooses the checkpoint to go on from, for all.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ MANIFEST = "manifest.json"
 _INDEX = "index.json"
 _STATE = "state.json"
 _BLOCK = 1 << 20
+_NAME = re.compile(r"part-\d+-of-\d+\.safetensors|index\.json|state\.json")
+"""What a manifest may list: names inside the folder, never a way out of it."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -134,19 +138,19 @@ class Checkpoints:
             except OSError as error:
                 problem = _told(error)
         self.group.wait()
+        facts: dict[str, Any] = {}
         try:
             fault("write")
-            save_file({name: piece.tensor for name, piece in pieces.items()}, file, metadata={"format": "pt"})
-            _sync(file)
-        except (OSError, SafetensorError) as error:
+            facts = _write_part(file, {name: piece.tensor for name, piece in pieces.items()})
+        except (OSError, SafetensorError, DamagedCheckpointError) as error:
             problem = problem or _told(error)
         # Every process learns of every other's trouble, and all of them give up together.
         where = {name: [list(p.shape), p.start, p.length] for name, p in pieces.items()}
-        reports = self.group.gather_json([[file.name, problem, where]])
-        troubles = [told for _, told, _ in reports if told]
+        reports = self.group.gather_json([[file.name, problem, where, facts]])
+        troubles = [report[1] for report in reports if report[1]]
         if not troubles and rank == 0:
             try:
-                self._commit(part, final, _index(reports), state)
+                self._commit(part, final, {name: facts for name, _, _, facts in reports}, _index(reports), state)
             except (OSError, DamagedCheckpointError) as error:
                 troubles = [_told(error)]
         told = self.group.gather_json([troubles])[0]
@@ -155,12 +159,13 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
             raise OSError(f"the checkpoint {final} could not be written: {told[0]}; the one before it is untouched")
 
-    def _commit(self, part: Path, final: Path, index: str, state: str) -> None:
+    def _commit(self, part: Path, final: Path, parts: dict[str, Any], index: str, state: str) -> None:
+        """Makes a checkpoint of what all processes have written; parts: what each of their files is, read back."""
         fault("manifest")
         for name, text in ((_INDEX, index), (_STATE, state)):
             _write_text(part / name, text)
-        files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(part.iterdir())}
-        _write_text(part / MANIFEST, _sealed({"files": files}))
+        files = parts | {name: _facts(part / name) for name in (_INDEX, _STATE)}
+        _write_text(part / MANIFEST, _sealed({"checkpoint": final.name, "files": files}))
         _sync(part)
         fault("rename")
         aside = final.with_name(f".{final.name}.old")
@@ -169,7 +174,7 @@ class Checkpoints:
             final.replace(aside)
         part.replace(final)
         _sync(self.folder)
-        verify(final)
+        verify(final, believed=parts)
         shutil.rmtree(aside, ignore_errors=True)
         fault("pointer")
         pointer = self.folder / f".{POINTER}.part"
@@ -177,16 +182,39 @@ class Checkpoints:
         pointer.replace(self.folder / POINTER)
         _sync(self.folder)
         fault("rotate")
-        for old in _folders(self.folder)[self.keep :]:
+        folders = _folders(self.folder)
+        own = folders.index(final)
+        # What is numbered higher was found damaged when the run went on from before it.
+        for old in [*folders[:own], *folders[own + self.keep :]]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where none was ever finished.
+        """The newest checkpoint that is whole, the same for every process; None where none was ever finished.
 
         say: told of every one that is passed over, and why. Raises DamagedCheckpointError when there are some and all
-        are damaged: nothing is begun again in silence.
+        are damaged, or some must have been there: nothing is begun again in silence.
         """
+        found, trouble = "", ""
+        if self.group.rank == 0:
+            try:
+                found = self._newest(say)
+            except DamagedCheckpointError as error:
+                trouble = str(error)
+        found, trouble = self.group.gather_json([[found, trouble]])[0]
+        if trouble:
+            raise DamagedCheckpointError(trouble)
+        return Checkpoint(self.folder / found) if found else None
+
+    def _newest(self, say: Callable[[str], None]) -> str:
+        """The name of the newest whole checkpoint, or nothing; sweeps what broken writes have left."""
+        for left in (*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.old")):
+            shutil.rmtree(left, ignore_errors=True)
         folders = _folders(self.folder)
+        if not folders and (self.folder / POINTER).exists():
+            raise DamagedCheckpointError(
+                f"{self.folder} holds no checkpoint any more, although {POINTER} names one. Bring one back from a "
+                "backup, or begin again with --overwrite"
+            )
         named = _named_by_pointer(self.folder, say) if folders else None
         troubles = []
         for folder in folders:
@@ -198,23 +226,24 @@ class Checkpoints:
                 continue
             if named is not None and folder.name != named:
                 say(f"the pointer {self.folder / POINTER} names {named}, the newest whole checkpoint is {folder.name}")
-            return Checkpoint(folder)
+            return folder.name
         if troubles:
             raise DamagedCheckpointError(
                 f"{self.folder} holds no whole checkpoint: {'; '.join(troubles)}. Bring one back from a backup, or "
                 "begin again with --overwrite"
             )
-        return None
+        return ""
 
 
 class Checkpoint:
-    """A whole checkpoint, to read from."""
+    """A whole checkpoint, to read from; its files stay open as long as it is held."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.step = int(folder.name.partition("-")[2])
         self.state: dict[str, Any] = json.loads((folder / _STATE).read_bytes())
         self._index: dict[str, Any] = json.loads((folder / _INDEX).read_bytes())
+        self._open: dict[str, Any] = {}
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """The names of the tensors that start with `prefix`, in order."""
@@ -245,15 +274,18 @@ class Checkpoint:
             low, high = max(start, first), min(start + length, first + count)
             if low >= high:
                 continue
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                if not entry["shape"]:
-                    return tensors.get_tensor(name)  # type: ignore[no-any-return]
-                found.append(tensors.get_slice(name)[low - first : high - first])
+            tensors = self._file(file)
+            if not entry["shape"]:
+                return tensors.get_tensor(name)  # type: ignore[no-any-return]
+            found.append(tensors.get_slice(name)[low - first : high - first])
         if not found:
-            file = entry["pieces"][0][0]
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                return tensors.get_slice(name)[0:0]  # type: ignore[no-any-return]
+            return self._file(entry["pieces"][0][0]).get_slice(name)[0:0]  # type: ignore[no-any-return]
         return torch.cat(found)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
 
 
 def _told(error: Exception) -> str:
@@ -262,33 +294,65 @@ def _told(error: Exception) -> str:
 
 def _index(reports: list[Any]) -> str:
     entries: dict[str, Any] = {}
-    for file, _, pieces in reports:
+    for file, _, pieces, _ in reports:
         for name, (shape, start, length) in pieces.items():
             entries.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([file, start, length])
     return json.dumps(entries)
 
 
-def verify(folder: Path) -> None:
-    """Checks every file of a checkpoint against its manifest. Raises DamagedCheckpointError naming a bad one."""
+def verify(folder: Path, believed: Collection[str] = ()) -> None:
+    """Checks every file of a checkpoint against its manifest. Raises DamagedCheckpointError naming a bad one.
+
+    believed: files whose content has just been read back by those who wrote them.
+    """
     manifest = _unsealed(folder / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or not {_INDEX, _STATE} <= set(files):
         raise DamagedCheckpointError(f"{folder / MANIFEST} lists no files of a checkpoint")
-    for name, facts in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedCheckpointError(f"{file} is missing")
-        if file.stat().st_size != facts["size"]:
-            raise DamagedCheckpointError(f"{file} has {file.stat().st_size} bytes, {facts['size']} were written")
-        if _sha256(file) != facts["sha256"]:
-            raise DamagedCheckpointError(f"{file} is not what was written: its SHA-256 differs")
-    for name in files:
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, framework="pt"):
+    if (own := manifest.get("checkpoint")) != folder.name:
+        raise DamagedCheckpointError(f"{folder / MANIFEST} is that of {own!r}, which this folder is not")
+    try:
+        for name, facts in files.items():
+            file = folder / name
+            if not _NAME.fullmatch(name) or file.is_symlink():
+                raise DamagedCheckpointError(f"{folder / MANIFEST} lists {name!r}, which no checkpoint has")
+            if not file.is_file():
+                raise DamagedCheckpointError(f"{file} is missing")
+            if file.stat().st_size != facts["size"]:
+                raise DamagedCheckpointError(f"{file} has {file.stat().st_size} bytes, {facts['size']} were written")
+            if name not in believed and _sha256(file) != facts["sha256"]:
+                raise DamagedCheckpointError(f"{file} is not what was written: its SHA-256 differs")
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
                     pass
-            except SafetensorError as error:
-                raise DamagedCheckpointError(f"{folder / name} is not a readable safetensors file: {error}") from error
+        index = json.loads((folder / _INDEX).read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read: {_told(error)}") from error
+    if lost := {piece[0] for entry in index.values() for piece in entry["pieces"]} - files.keys():
+        raise DamagedCheckpointError(f"{folder / _INDEX} names {sorted(lost)[0]!r}, which the manifest does not")
+
+
+def _write_part(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes this process's tensors, reads them back from the disk and compares; returns what the file then is.
+
+    Raises DamagedCheckpointError when the disk gives back something else.
+    """
+    save_file(tensors, file, metadata={"format": "pt"})
+    _sync(file)
+    with safe_open(file, framework="pt") as found:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bits(found.get_tensor(name)), _bits(tensor)):
+                raise DamagedCheckpointError(f"{file}: the disk does not give back what was written as {name}")
+    return _facts(file)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes: a NaN does not equal itself."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _named_by_pointer(folder: Path, say: Callable[[str], None]) -> str | None:
@@ -342,9 +406,11 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Until a file, or the names in a folder, are on the disk."""
+    """Until a file, or the names in a folder, are on the disk; what is read of it next comes from there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if hasattr(os, "posix_fadvise") and path.is_file():
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

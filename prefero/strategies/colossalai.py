@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,9 @@ class ColossalAIStrategy(FSDPStrategy):
             if given[name] != default:
                 raise ValueError(f"{name}={given[name]} is not supported: {instead}; leave it out")
         accelerated = torch.cuda.is_available()
+        loss_scale = LossScale(
+            initial_scale, growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale
+        )
         super().__init__(
             stage=stage,
             # Without an accelerator main memory is where everything lives anyway.
@@ -73,11 +77,11 @@ class ColossalAIStrategy(FSDPStrategy):
             precision=precision or ("fp16" if stage == 3 and accelerated else "fp32"),
             max_norm=max_norm,
             norm_type=norm_type,
-            loss_scale=LossScale(
-                initial_scale, growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale
-            ),
+            loss_scale=loss_scale,
             pin_memory=pin_memory,
             output_fp32=force_outputs_fp32,
             seed=seed,
             shard_init=shard_init,
         )
+        if self.precision != "fp16" and vars(loss_scale) != vars(LossScale()):
+            warnings.warn(f"the loss is scaled in fp16 only, and this run computes in {self.precision}", stacklevel=2)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from prefero.faults import last_phase
 from prefero.strategies.base import Precision, Strategy
 from prefero.strategies.group import join
 from prefero.strategies.pulse import BrokenRunError
@@ -24,7 +27,8 @@ class DDPStrategy(Strategy):
 
     seed: given to Python, numpy and torch alike in every process. bucket_mb: gradients are averaged in parts of that
     size (MB), each as soon as it is complete. timeout: seconds a process waits for the others before it gives up. The
-    rest: see `Strategy`. Models that learn nothing are only placed. Every process starts from rank 0's weights.
+    rest: see `Strategy`. Every process starts from rank 0's weights. Models are only placed until they first learn, so
+    they may be frozen before.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class DDPStrategy(Strategy):
         self.seed = seed
         self.bucket_mb = bucket_mb
         self.timeout = timeout
+        self._waiting: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+        """Models that have not learned yet, and the hook that notices when they begin to."""
         super().__init__(precision, max_norm, norm_type, loss_scale)
         self.set_seed(seed)
 
@@ -57,13 +63,26 @@ class DDPStrategy(Strategy):
     def setup_model(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         self.group.broadcast([*model.parameters(), *model.buffers()])
-        if any(parameter.requires_grad for parameter in model.parameters()):
-            self._replicate(model)
+        if self.group.world_size > 1 and model not in self._waiting and not _is_replicated(model):
+            self._waiting[model] = model.register_forward_pre_hook(self._noticing(), prepend=True, with_kwargs=True)
         return model
 
+    def _noticing(self) -> Callable[[nn.Module, Any, Any], Any]:
+        """What is called before a waiting model's forward passes, until one of them learns."""
+
+        def notice(model: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in model.parameters()):
+                return None
+            if model not in self._waiting:
+                raise ValueError(unprepared(model))  # a copy of one that was prepared
+            self._replicate(model)
+            # Torch's own hook comes too late for this forward pass.
+            return replicate.state(model).forward_pre_hook(model, args, kwargs)
+
+        return notice
+
     def _replicate(self, model: nn.Module) -> None:
-        if self.group.world_size == 1 or hasattr(model, "set_requires_gradient_sync"):
-            return
+        self._waiting.pop(model).remove()
         options: dict[str, Any] = {"device_id": self.device} if self.device.type == "cuda" else {}
         replicate(
             model,
@@ -79,11 +98,12 @@ class DDPStrategy(Strategy):
     @contextmanager
     def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Processes exchange gradients in the last one only."""
-        synchronise: Any = getattr(model, "set_requires_gradient_sync", None)
-        if synchronise is not None:
-            synchronise(last)
-        elif self.group.world_size > 1:
-            raise ValueError(unprepared(model))
+        if self.group.world_size > 1:
+            if model in self._waiting:
+                self._replicate(model)
+            if not _is_replicated(model):
+                raise ValueError(unprepared(model))
+            cast(Any, model).set_requires_gradient_sync(last)
         yield
 
     def verify(self, model: nn.Module) -> None:
@@ -94,8 +114,13 @@ class DDPStrategy(Strategy):
         if len(set(everyone)) > 1:
             raise BrokenRunError(
                 f"the weights of the {type(model).__name__} are no longer the same in all processes: "
-                f"{' and '.join(others)} {'went another way' if majority else 'disagree'}; nothing was saved"
+                f"{' and '.join(others)} {'went another way' if majority else 'disagree'} (found in phase "
+                f"{last_phase()!r}); nothing was saved"
             )
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def _fingerprint(model: nn.Module) -> int:

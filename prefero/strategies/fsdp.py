@@ -80,6 +80,10 @@ class FSDPStrategy(DDPStrategy):
 
     def setup_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, FSDPModule):
+            # Passes without gradients leave it gathered at stages 1 and 2, its parameters not those of its optimizer.
+            for part in model.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
             return model
         # The optimizer that may come with the model holds the parameters of today; it is told of tomorrow's by name.
         self._names.update({id(parameter): name for name, parameter in model.named_parameters()})
@@ -179,17 +183,17 @@ class FSDPStrategy(DDPStrategy):
         """Gathered tensor by tensor into main memory; see `Strategy.whole_state`."""
         keep = self.is_rank_0 or not only_rank0
         whole: dict[str, Tensor] = {}
-        known: dict[tuple[int, str], Tensor] = {}
+        # Tied ones are gathered once, known by the parameter, not its memory: some processes may hold none of it.
+        tied = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        gathered: dict[int, Tensor] = {}
         for name, tensor in model.state_dict().items():
             if not isinstance(tensor, DTensor):
                 whole[name] = tensor
                 continue
-            local = tensor.to_local()
-            place = (local.data_ptr(), str(tensor.shape))
-            if local.numel() == 0 or place not in known:
+            if tied[name] not in gathered:
                 full = tensor.full_tensor()
-                known[place] = full.cpu() if keep else torch.empty_like(full, device="meta")
-            whole[name] = known[place]
+                gathered[tied[name]] = full.cpu() if keep else torch.empty_like(full, device="meta")
+            whole[name] = gathered[tied[name]]
         return whole
 
     def load_whole_state(self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -224,7 +228,7 @@ class FSDPStrategy(DDPStrategy):
         if not file.is_file():
             raise ValueError(self._missing(Path(path), file))
         state = files.read_object(file, map_location)
-        place = state.pop("sharded", None)
+        place = state.pop("sharded", None) if isinstance(state, dict) else None
         if place != (self._place() if self.group.world_size > 1 else None):
             raise ValueError(self._misplaced(file, place))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -232,7 +236,7 @@ class FSDPStrategy(DDPStrategy):
             for index, entry in state["state"].items():
                 state["state"][index] = {key: _part_like(value, parameters[index]) for key, value in entry.items()}
             optimizer.load_state_dict(state)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} does not fit the optimizer: {first_lines(error)}") from error
 
     def _place(self) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from prefero.strategies.pulse import Pulse
 
+_GOODBYE = 5.0  # seconds for the process group to end
 _LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -160,6 +163,7 @@ def join(timeout: float) -> Group:
             # On one machine nobody outside may listen in.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
         dist.init_process_group(backend, timeout=deadline)
+        atexit.register(_leave)
     elif len(missing) == len(_LAUNCHED_BY):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)  # type: ignore[attr-defined]
     else:
@@ -170,12 +174,24 @@ def join(timeout: float) -> Group:
     return _member(cuda, deadline)
 
 
+def _leave() -> None:
+    """Ends the process group's threads: one that still lets go of tensors when Python goes down aborts it (SIGABRT)."""
+    if dist.is_initialized():
+        # Where other processes are gone, or elsewhere, this may wait for them: not for long.
+        ending = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        ending.start()
+        ending.join(_GOODBYE)
+
+
 def _member(cuda: bool, patience: timedelta) -> Group:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Group(rank, world_size, device, pulse=_pulse(rank, world_size), patience=patience)
+    pulse = _pulse(rank, world_size)
+    if pulse is not None:
+        pulse.patience = patience.total_seconds()
+    return Group(rank, world_size, device, pulse=pulse, patience=patience)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefero.faults import fault
+from prefero.models.trunk import device_of
 from prefero.rollout.buffer import BufferItem, ReplayBuffer
 from prefero.rollout.sampling import stream_key
 from prefero.strategies.base import Strategy
@@ -172,7 +174,7 @@ class Trainer(ABC):
             if at.batch == 0:
                 self._call("on_learn_epoch_start", at.epoch)
             # The order depends on seed, learn phase and epoch alone, so it can be taken up anywhere, by any process.
-            order = torch.Generator().manual_seed(stream_key(self.seed, at.phase, "learn", at.epoch))
+            order = stream_key(self.seed, at.phase, "learn", at.epoch)
             for experience in islice(self._batches(pin_memory, order), at.batch, None):
                 at.batch += 1
                 self._learn_batch(experience.to_device(self.device))
@@ -182,16 +184,16 @@ class Trainer(ABC):
         steps, self.phase_metrics = self.phase_metrics, []
         return mean_metrics(steps)
 
-    def _batches(self, pin_memory: bool, order: torch.Generator) -> Iterable[Experience]:
-        """One epoch over the buffer, or a single random batch of it."""
+    def _batches(self, pin_memory: bool, order: int) -> Iterable[Experience]:
+        """One epoch over the buffer, or a single random batch of it, drawn from the seed `order`."""
         if self.sample_replay_buffer:
-            return [self.replay_buffer.sample()]
-        return self.strategy.setup_dataloader(self.replay_buffer, pin_memory, order)
+            return [self.replay_buffer.sample(random.Random(order))]
+        return self.strategy.setup_dataloader(self.replay_buffer, pin_memory, torch.Generator().manual_seed(order))
 
     @property
     def device(self) -> torch.device:
         """Where learning happens."""
-        return next(self.experience_maker.actor.parameters()).device
+        return device_of(self.experience_maker.actor)
 
     def _learn_batch(self, experience: Experience) -> Metrics:
         fault("learn")

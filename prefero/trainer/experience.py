@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from prefero.algorithms.ppo import PPO, PPOSettings
 from prefero.faults import fault
 from prefero.models.base import Actor, Critic
 from prefero.models.generation import eos_ids
-from prefero.models.trunk import evaluating
+from prefero.models.trunk import device_of, evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import make_experience_batch, split_experience_batch
 from prefero.rollout.collect import ALONE, collect
@@ -84,9 +85,10 @@ class NaiveExperienceMaker(ExperienceMaker):
             }
             input_ids = input_ids[share.rows]
         with evaluating(self.actor, self.critic, self.reward_model, self.initial_model):
-            sequences, attention_mask, action_mask = self.actor.generate(
-                input_ids, return_action_mask=True, **generate_kwargs
-            )
+            with _own_draws(self.group):
+                sequences, attention_mask, action_mask = self.actor.generate(
+                    input_ids, return_action_mask=True, **generate_kwargs
+                )
             # Generation fills up to max_length; nobody needs to judge columns that no answer reaches.
             width = sequences.shape[1] - action_mask.shape[1] + int(action_mask.sum(1).max())
             sequences, attention_mask = sequences[:, :width], attention_mask[:, :width]
@@ -95,6 +97,18 @@ class NaiveExperienceMaker(ExperienceMaker):
             ended = _ended(sequences, action_mask, eos_ids(self.actor.model, generate_kwargs.get("eos_token_id")))
             part = algorithm.experience(sequences, attention_mask, action_mask, checked(scores), ended=ended)
         return gather_experience(self.group, part, share.num_real)
+
+
+@contextmanager
+def _own_draws(group: Group) -> Iterator[None]:
+    """Inside, each of several processes draws numbers of its own: all are seeded alike, but their rows differ."""
+    if group.world_size == 1:
+        yield
+        return
+    number = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([group.device] if group.device.type == "cuda" else []):
+        torch.manual_seed(number + group.rank)
+        yield
 
 
 def checked(scores: Any) -> Tensor:
@@ -162,7 +176,7 @@ class EngineExperienceMaker(ExperienceMaker):
         return gather_experience(self.group, parts[0], share.num_real)
 
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
-        device = next(self.actor.parameters()).device
+        device = device_of(self.actor)
         batch = collate_rollouts(rollouts, device)
         scores = torch.tensor([rollout.score.value for rollout in rollouts], device=device)
         return self.algorithm.experience(
@@ -176,6 +190,6 @@ class EngineExperienceMaker(ExperienceMaker):
         size = self.batch_size or len(rollouts)
         with evaluating(model):
             for start in range(0, len(rollouts), size):
-                batch = collate_rollouts(rollouts[start : start + size], next(model.parameters()).device)
+                batch = collate_rollouts(rollouts[start : start + size], device_of(model))
                 scores.extend(Score(float(score)) for score in checked(model(batch.sequences, batch.attention_mask)))
         return scores

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from prefero.algorithms.base import Algorithm, learning_mode
 from prefero.models.lora import has_lora
-from prefero.models.trunk import evaluating
+from prefero.models.trunk import device_of, evaluating
 from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
@@ -58,8 +58,6 @@ class OfflineTrainer(ABC, Generic[BatchT]):
                              ("eval_interval", eval_interval)):  # fmt: skip
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
-        # As the older trainers did it themselves; models stay the objects they were, and what is placed stays placed.
-        strategy.prepare((learner.model, learner.optimizer))
         self.strategy = strategy
         self.algorithm = algorithm
         self.learner = learner
@@ -124,7 +122,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
     @property
     def device(self) -> torch.device:
         """Where it is trained."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def training_step(self, batch: Any) -> Metrics:
         """One optimiser step on one batch, and one of the schedule."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prefero.algorithms.base import learning_mode
-from prefero.algorithms.ppo import PPO, PPOSettings, Whitening, explained_variance
+from prefero.algorithms.ppo import CHANGE, PPO, PPOSettings, Whitening, explained_variance
 from prefero.faults import fault
 from prefero.models.base import Actor, Critic
 from prefero.rewards.base import Reward
@@ -39,7 +40,8 @@ class PPOTrainer(Trainer):
     Without an engine, prompts are token ids (or become them through `tokenizer`), the actor generates with
     generate_kwargs, and reward_model reads token ids. With an `engine` and `sampling`, prompts are `Prompt`s, each
     answered num_samples times, and reward_model may be any `Reward` over rollouts; `last_rollouts` keeps the
-    latest. The sampling temperature is used in every log-probability.
+    latest. The sampling temperature is used in every log-probability. max_logprob_mismatch: nats a token between the
+    log-probabilities of sampler and trainer, above which training stops.
 
     Frozen models get no gradients, and no model has dropout. Raises ValueError for contradictory arguments.
     """
@@ -73,6 +75,7 @@ class PPOTrainer(Trainer):
         engine: Engine | None = None,
         sampling: SamplingParams | None = None,
         num_samples: int = 1,
+        max_logprob_mismatch: float = math.inf,
         **generate_kwargs: Any,
     ) -> None:
         if (
@@ -101,6 +104,7 @@ class PPOTrainer(Trainer):
         )
         self.micro_batch_size = micro_batch_size
         self.max_norm = max_norm
+        self.max_logprob_mismatch = max_logprob_mismatch
         self.schedulers = list(schedulers)
         self._whitening: Whitening | None = None
 
@@ -163,11 +167,13 @@ class PPOTrainer(Trainer):
     def training_step(self, experience: Experience) -> Metrics:
         """One optimiser step of actor and critic; returns at least actor_loss and critic_loss.
 
-        Advantages are whitened over the whole learn phase; outside of one, over this experience.
+        Advantages are whitened over the whole learn phase; outside of one, over this experience. The first of a learn
+        phase, whose policy is still the one that sampled, also tells `rollout/logprob_mismatch`. Raises ValueError
+        where that is above `max_logprob_mismatch`.
         """
         whitening = self._whitening or self.algorithm.whitening([experience])
         own = share_experience(experience, self.strategy.group.share(len(experience)))
-        return update(
+        metrics = update(
             self.strategy,
             self.learners,
             split_experience(own, self.micro_batch_size),
@@ -175,6 +181,18 @@ class PPOTrainer(Trainer):
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
         )
+        if self._whitening is not None and (self.cursor.epoch, self.cursor.batch) == (0, 1):
+            metrics["rollout/logprob_mismatch"] = self._checked(metrics[CHANGE])
+        return metrics
+
+    def _checked(self, mismatch: float) -> float:
+        if not mismatch <= self.max_logprob_mismatch:  # or not a number
+            raise ValueError(
+                f"the sampler's log-probabilities are {mismatch:.3g} nats a token away from the trainer's (at most "
+                f"{self.max_logprob_mismatch:g} are allowed: max_logprob_mismatch): what is learned from would be "
+                "another policy's. Let both compute with the same weights and precision, or use the other engine"
+            )
+        return mismatch
 
     def _learn(self) -> Metrics:
         buffer = self.replay_buffer

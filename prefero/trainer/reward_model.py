@@ -59,6 +59,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
             name: _loader(data, batch_size, None)
             for name, data in (("eval", eval_dataset), ("valid", valid_dataset)) if data is not None
         }  # fmt: skip
+        # As the older trainers did it themselves; what is placed stays placed.
+        model, optim = strategy.prepare((model, optim))
         super().__init__(
             strategy, RewardModeling(model, loss_fn, centering), Learner("model", "reward/loss", model, optim),
             _loader(train_dataset, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,

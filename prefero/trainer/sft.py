@@ -53,6 +53,8 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
     ) -> None:
         self.sampler = sampler
         eval_sets = {} if eval_dataloader is None else {"eval": _loader(eval_dataloader, batch_size, None)}
+        # As the older trainers did it themselves; what is placed stays placed.
+        model, optim = strategy.prepare((model, optim))
         super().__init__(
             strategy, SFT(model), Learner("actor", "sft/loss", model, optim),
             _loader(train_dataloader, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,

@@ -102,14 +102,23 @@ def keep_strategy(snapshot: Snapshot, strategy: Strategy) -> None:
         own["cuda"] = torch.cuda.get_rng_state(strategy.device).tolist()
     snapshot.values["strategy"] = {
         "random": strategy.group.gather_json([own]),
+        "precision": strategy.precision,
         "skipped_steps": strategy.skipped_steps,
         "loss_scale": None if strategy.loss_scale is None else strategy.loss_scale.state_dict(),
     }
 
 
 def restore_strategy(saved: Saved, strategy: Strategy) -> None:
-    """What `keep_strategy` kept; a process that was not there then takes one of the others'."""
+    """What `keep_strategy` kept; a process that was not there then takes one of the others'.
+
+    Raises ValueError when this strategy computes in another precision.
+    """
     values = saved.values["strategy"]
+    if values["precision"] != strategy.precision:
+        raise ValueError(
+            f"the run was begun in {values['precision']} and would go on in {strategy.precision}: resume it with "
+            f"--strategy.precision {values['precision']}"
+        )
     strategy.skipped_steps = values["skipped_steps"]
     if strategy.loss_scale is not None and values["loss_scale"] is not None:
         strategy.loss_scale.load_state_dict(values["loss_scale"])

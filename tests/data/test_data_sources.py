@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefero.data import parsing, sources
-from prefero.data.sources import Rows, as_rows, read_rows, require_columns
+from prefero.data.sources import Rows, as_rows, local_file, read_rows, require_columns
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b\u2028c", "n": 2}, {"prompt": 'é "q", x\ny', "n": 3}]
 
@@ -205,7 +205,10 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", jsonl(ROWS))
     put(tmp_path, "test.csv", b"prompt,n\nz,9\n")
     assert len(read_rows(tmp_path)) == 3
-    assert read_rows(tmp_path, split="test")[0]["prompt"] == "z"
+    assert read_rows(tmp_path, split="test")[0]["prompt"] == read_rows(f"{tmp_path}:test")[0]["prompt"] == "z"
+    assert local_file(tmp_path) == tmp_path / "train.jsonl"
+    assert local_file(f"{tmp_path}:test") == tmp_path / "test.csv"
+    assert local_file("owner/name:test") is None
     with pytest.raises(ValueError, match=r"no file for split 'tset' \(did you mean 'test'\?\)"):
         read_rows(tmp_path, split="tset")
     put(tmp_path, "test.jsonl", jsonl(ROWS))
@@ -237,6 +240,7 @@ def test_a_hub_name_is_loaded_with_split_subset_and_folder(monkeypatch: pytest.M
     rows = read_rows("owner/name", split="test", subset="small", data_dir="harmless")
     assert rows[0]["prompt"] == "owner/name small harmless test"
     assert rows.row_id(0) == "owner/name:1"
+    assert read_rows("owner/name:test")[0]["prompt"] == "owner/name None None test"
     with pytest.raises(ValueError, match="'owner/absent', split = 'train': no such file, and the hub"):
         read_rows("owner/absent")
 

@@ -51,10 +51,15 @@ def test_yaml_blocks_are_configs(text: str, tmp_path: Path) -> None:
 
 
 def commands(script: str) -> list[list[str]]:
-    """The `prefero ...` calls in a shell script, as lists of arguments."""
+    """The `prefero ...` and `... -m prefero ...` calls in a shell script, as lists of arguments."""
     joined = script.replace("\\\n", " ").replace("&&", "\n")
     calls = [shlex.split(line, comments=True) for line in joined.splitlines()]
-    return [words[1:] for words in calls if words and Path(words[0]).name == "prefero"]
+    starts = [(words, "prefero" in words and words[words.index("prefero") - 1] == "-m") for words in calls]
+    return [
+        words[words.index("prefero") + 1 :] if module else words[1:]
+        for words, module in starts
+        if module or (words and Path(words[0]).name == "prefero")
+    ]
 
 
 @pytest.mark.parametrize("script", blocks("bash"))
@@ -67,7 +72,7 @@ def test_commands_in_bash_blocks_exist(script: str) -> None:
 def test_commands_in_running_text_exist() -> None:
     seen = 0
     for page in PAGES:
-        for text in re.findall(r"`(prefero [a-z][^`]*)`", page.read_text(encoding="utf-8")):
+        for text in re.findall(r"`(?:[^`]*-m )?(prefero [a-z][^`]*)`", page.read_text(encoding="utf-8")):
             if "|" in text or "COMMAND" in text:
                 continue
             seen += 1
@@ -81,7 +86,7 @@ def test_commands_in_running_text_exist() -> None:
 
 def check_command(arguments: list[str]) -> None:
     known, rest = _parser().parse_known_args(arguments)
-    assert known.command in _RUN_COMMANDS or not rest, arguments
+    assert known.command in (*_RUN_COMMANDS, "resume") or not rest, arguments
     for key, _ in parse_overrides(rest):
         resolve_key(key, section=known.command, flag=True)
     config = getattr(known, "config", "")

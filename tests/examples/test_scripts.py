@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,21 @@ def test_train_dummy(model: str, tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "checkpoint" / "episode_0" / "actor.pt").exists()
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "colossalai_zero2", "colossalai_gemini"])
+def test_the_same_script_on_two_processes(strategy: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = [*SHORT, "--strategy", strategy, "--prompt_length", "4", "--max_length", "8", "--need_optim_ckpt"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(EXAMPLES / "train_dummy.py"), *flags], env=environment, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "actor_checkpoint_dummy.pt").stat().st_size > 1000
+    assert len(list(tmp_path.glob("actor_checkpoint_dummy*optim"))) == (1 if strategy == "ddp" else 2)
+
+
 def test_the_three_stages_and_inference_flow_into_each_other(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +98,7 @@ def test_a_deberta_reward_model(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        ("train_dummy", ["--tiny", "--strategy", "ddp"], "--strategy naive"),
+        ("train_dummy", ["--tiny", "--strategy", "ddp"], "--device cpu goes with --strategy naive"),
         ("inference", [], "--pretrain"),
         ("train_prompts", ["missing.csv", "--tiny"], "missing.csv"),
     ],

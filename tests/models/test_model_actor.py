@@ -10,7 +10,7 @@ from prefero.functional.logprobs import selected
 from prefero.models import base
 from prefero.models.base import Actor
 from prefero.models.lora import apply_lora
-from prefero.models.trunk import disable_dropout, freeze, head_is_plain
+from prefero.models.trunk import disable_dropout, freeze, full_precision_head, head_is_plain, replaced
 from tests.models.families import FAMILIES, Family, loud, padded, tokens
 from tests.tiny import gpt2_config, llama_config, tiny_llama
 
@@ -107,14 +107,20 @@ def test_every_family_may_have_its_head_on_the_response_only(family: Family) -> 
     assert head_is_plain(loud(family.actor(config=family.config()).model))
 
 
-def test_soft_capped_logits_take_the_long_way_and_are_right() -> None:
+@pytest.mark.parametrize(("cap", "is_loud"), [(2.0, True), (30.0, True), (30.0, False)])
+def test_soft_capped_logits_take_the_long_way_and_are_right(cap: float, is_loud: bool) -> None:
     config = Gemma2Config(
         vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=cap, pad_token_id=0, eos_token_id=2, bos_token_id=1,
     )  # fmt: skip
-    actor = Actor(loud(Gemma2ForCausalLM(config).eval()))
+    network = Gemma2ForCausalLM(config).eval()
+    actor = Actor(loud(network) if is_loud else network)
     ids = tokens()
-    assert not head_is_plain(actor.model)
+    with replaced(full_precision_head(network)):  # whoever holds the head's forward gets it back
+        held = vars(network.lm_head)["forward"]
+        assert not head_is_plain(actor.model)
+        assert vars(network.lm_head)["forward"] is held
+    assert not head_is_plain(actor.model) and "forward" not in vars(network.lm_head)
     logprobs, entropy = actor(ids, 4, return_entropy=True)
     expected, expected_entropy = by_hand(actor.model, ids)
     torch.testing.assert_close(logprobs.double(), expected[:, -4:], atol=1e-5, rtol=0)

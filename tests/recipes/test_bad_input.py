@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -116,7 +116,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--data.preferences", "late.jsonl"], ["no chat template"]),
         (["--rewards.r.use", "broken.py:f"], ["broken.py:1", "SyntaxError"]),
         (["--rewards.r.use", ""], ["ppo.rewards.r.use"]),
-        (["--evaluate.gold", "foo"], ["'foo'", "rule:NAME or vader"]),
+        (["--evaluate.gold", "foo"], ["evaluate.gold is 'foo'", "rule:NAME or vader"]),
     ],
 )
 def test_a_pipeline_that_cannot_end_does_not_begin(
@@ -195,6 +195,7 @@ def test_another_split_than_train_is_named_with_a_colon(folder: Path) -> None:
     Path("talk/practice.jsonl").write_bytes(Path("sft.jsonl").read_bytes())
     assert main(["sft", "own.yaml", "--out", "a", "--data.sft", "talk"]) == 2
     assert main(["sft", "own.yaml", "--out", "a", "--data.sft", "talk:practice"]) == 0
+    assert main(["generate", "base", "--prompts", "talk:practice", "--max-new-tokens", "1"]) == 0
 
 
 def test_a_run_that_did_not_end_says_so_in_its_report(folder: Path) -> None:
@@ -336,8 +337,7 @@ def hears_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def interrupted(how: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]:
-    arguments = ["ppo", "own.yaml", "--out", "run", "--rewards.r.use", "rewards.py:waits"]
+def interrupted(how: Callable[[subprocess.Popen[str]], None], arguments: Sequence[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "prefero", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -354,7 +354,7 @@ def interrupted(how: Callable[[subprocess.Popen[str]], None]) -> tuple[int, str]
 def stop(process: "subprocess.Popen[str]") -> None:
     """Ctrl-C, and once more because the reward that is being waited for never ends."""
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(2.5)  # what comes at once counts as the same wish
     process.send_signal(signal.SIGINT)
 
 
@@ -366,13 +366,21 @@ def kill(process: "subprocess.Popen[str]") -> None:
 def test_a_run_that_was_stopped_stays_readable(
     folder: Path, how: Callable[[subprocess.Popen[str]], None], status: int
 ) -> None:
-    code, errors = interrupted(how)
+    code, errors = interrupted(how, ["ppo", "own.yaml", "--out", "run", "--rewards.r.use", "rewards.py:waits"])
     assert code == status
     assert "Traceback" not in errors
     assert main(["report", "run"]) == 0
     assert "default-src" in Path("run/report.html").read_text()
     assert main(["ppo", "own.yaml", "--out", "run"]) == 2
     assert main(["ppo", "own.yaml", "--out", "run", "--overwrite"]) == 0
+
+
+def test_an_evaluation_has_nothing_to_save_and_stops_at_once(folder: Path) -> None:
+    Path("waits.yaml").write_text(CONFIG.replace("num_prompts: 4", "num_prompts: 4, gold: rewards.py:waits"))
+    arguments = ["evaluate", "base", "--config", "waits.yaml", "--out", "run"]
+    code, errors = interrupted(lambda process: process.send_signal(signal.SIGINT), arguments)
+    assert code == 130
+    assert "saving" not in errors
 
 
 @pytest.mark.parametrize(

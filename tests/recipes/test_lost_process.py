@@ -31,6 +31,28 @@ def launch(folder: Path, *arguments: str, fault: str = "") -> subprocess.Complet
     )  # fmt: skip
 
 
+SLOW = """
+import os, time
+def score(prompt, completion, **columns):
+    if os.environ["RANK"] == "0":
+        time.sleep(300)
+    return 1.0
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_nobody_notices_too(tmp_path: Path) -> None:
+    """It hears of the end by torchrun's SIGTERM, and must not be killed without a word half a minute later."""
+    write_own_data(tmp_path, tmp_path / "base")
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    (tmp_path / "slow.py").write_text(SLOW)
+    short = ["--ppo.steps", "2", "--prompts-per-step", "4", "--train-batch-size", "4", "--max-new-tokens", "4"]
+    arguments = ["ppo", "own.yaml", "--out", "run", *short, "--rewards.r.use", "slow.py:score", "--eval-every", "0"]
+    lost = launch(tmp_path, *arguments, fault="kill@score:1:rank1")
+    told = re.search(r"prefero: error: rank 0 was in phase 'score': rank 1 does not answer any more.*", lost.stderr)
+    assert told and "the run can be resumed" in told[0], lost.stderr[-4000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "stop"])
 def test_a_lost_process_is_named_and_the_run_goes_on(tmp_path: Path, kind: str) -> None:

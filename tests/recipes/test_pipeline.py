@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefero.cli import main
@@ -118,6 +120,20 @@ def test_adapters_learn_at_their_own_rate_and_all_weights_at_the_one_written(tmp
     assert rate(0) == pytest.approx(1e-4)
 
 
+def test_adapters_are_also_written_alone_as_peft_reads_them(run: Path, tmp_path: Path) -> None:
+    base, out = run / "checkpoints" / "sft" / "model", tmp_path / "adapted"
+    flags = ["--steps", "2", "--batch-size", "16", "--lora-rank", "4", "--model.path", str(base)]
+    assert main(["sft", "configs/quickstart.yaml", "--out", str(out), *flags]) == 0
+    assert not list(run.glob("checkpoints/*/checkpoints/adapter")), "a run without adapters has none"
+    ids = torch.arange(3, 15)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    alone = PeftModel.from_pretrained(deepcopy(plain), out / "checkpoints" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(plain(ids).logits, merged(ids).logits, atol=1e-5)
+
+
 def test_another_seed_is_another_run(run: Path, tmp_path: Path) -> None:
     flags = ["--steps", "4", "--batch-size", "16", "--seed", "1"]
     assert main(["sft", "configs/quickstart.yaml", "--out", str(tmp_path / "other"), *flags]) == 0
@@ -158,6 +174,7 @@ def write_own_data(folder: Path, base: Path) -> None:
     from tiny import tiny_llama, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
     tiny_llama(len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     questions = [f"how was the {thing} ?" for thing in ("movie", "hotel")] + [

@@ -1,6 +1,7 @@
 """A run that was stopped or killed anywhere, and resumed, is to the last bit the run that was left alone."""
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from test_pipeline import write_own_data
 
 from prefero.cli import main
+from prefero.config import load_config
 from prefero.recipes.keeper import STOPPED
+from prefero.recipes.run import _forgotten
 
 CONFIG = """
 data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
@@ -112,10 +115,74 @@ def test_what_may_not_change_is_named(
     assert project.run("other", "term@learn:1") == STOPPED
     assert main(["resume", "other", "--ppo.kl-horizon", "60"]) == 2
     assert "ppo.kl_horizon (50, now 60)" in capsys.readouterr().err
+    assert main(["resume", "other", "--strategy.max-grad-norm", "0"]) == 2
+    assert "strategy.max_grad_norm (1.0, now 0.0)" in capsys.readouterr().err
+    assert main(["resume", "other", "--checkpoint.keep", "3", "--strategy.max-skipped", "9", "--ppo.gamma", "0.9"]) == 2
+    assert "another config: ppo.gamma (1.0, now 0.9); resume" in capsys.readouterr().err
+    assert main(["resume", "other", "--strategy.precision", "bf16"]) == 2
+    assert "begun in fp32 and would go on in bf16: resume it with --strategy.precision fp32" in capsys.readouterr().err
     assert main(["pipeline", "own.yaml", "--resume"]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "none in runs/own-pipeline, runs/own-pipeline-2, ...: name its folder with --out" in capsys.readouterr().err
     assert main(["resume", "left-alone"]) == 2
     assert "prefero report left-alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ([], {"stage": 2, "shard_init": True, "timeout": 60.0}),
+        (["--strategy.kind", "fsdp"], {"stage": 2, "shard_init": True, "timeout": 60.0}),
+        (["--strategy.kind=ddp"], {"stage": 3, "shard_init": False, "timeout": 60.0}),
+        (["--strategy.kind", "naive"], {"stage": 3, "shard_init": False, "timeout": 600.0}),
+    ],
+)
+def test_going_on_with_a_named_kind_forgets_what_has_no_effect_with_it(
+    typed: list[str], kept: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("strategy: {kind: fsdp, stage: 2, shard_init: true, timeout: 60}")
+    strategy = load_config(file, [*_forgotten(typed, "ppo"), *typed]).strategy
+    assert {key: getattr(strategy, key) for key in kept} == kept
+
+
+def test_the_last_interrupted_run_of_a_config_is_found_by_itself(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    ended = ["sft", "own.yaml", "--sft.steps", "1"]
+    assert main(ended) == 0
+    arguments, errors = ["sft", "own.yaml", "--sft.steps", "2"], project.folder / "errors.txt"
+    assert project.forks.run(arguments, project.folder, {"PREFERO_FAULT": "kill@write:2"}, errors) == -signal.SIGKILL
+    assert main(ended) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["own-sft", "own-sft-2", "own-sft-3"]
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 0
+    assert "run folder: runs/own-sft-2" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 2
+
+
+def test_what_changed_meanwhile_is_refused(project: Project) -> None:
+    assert project.run("edited", "term@learn:1") == STOPPED
+    told = {
+        "prompts.jsonl": "prompts.jsonl has changed since the run began",
+        "base/model.safetensors": "base (model.safetensors) has changed since the run began",
+        "edited/config.yaml": "ppo.gamma (1.0, now 0.5)",
+    }
+    for name, message in told.items():
+        file = project.folder / name
+        before = file.read_bytes()
+        change = {".jsonl": (b"a", b"o"), ".yaml": (b"gamma: 1.0", b"gamma: 0.5")}
+        end = bytes([before[-1] ^ 1])
+        after = before.replace(*change[file.suffix]) if file.suffix in change else before[:-1] + end
+        assert after != before
+        try:
+            file.write_bytes(after)
+            assert project.run("edited") == 2
+            assert message in (project.folder / "errors.txt").read_text()
+        finally:
+            file.write_bytes(before)
+    assert project.run("edited") == 0
+    assert project.differing("edited") == []
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_an_error(
@@ -142,6 +209,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_is_an_error(
     assert "--overwrite" in message
 
 
+@pytest.mark.parametrize("lost", ["checkpoints", "their folder", "the stage", "all stages"])
+def test_a_run_whose_checkpoints_are_lost_is_not_begun_again_in_silence(project: Project, lost: str) -> None:
+    out = f"lost-{lost.replace(' ', '-')}"
+    assert project.run(out, "term@learn:4") == STOPPED
+    stage = project.folder / out / "checkpoints" / "ppo"
+    state = stage / "checkpoints" / "state"
+    log = project.folder / out / "metrics.jsonl"
+    logged = log.read_bytes()
+    gone = {"checkpoints": [*state.glob("step-*")], "their folder": [state], "the stage": [stage]}
+    for folder in gone.get(lost, [stage.parent]):
+        shutil.rmtree(folder)
+    assert project.run(out) == 2
+    assert "no checkpoint" in (project.folder / "errors.txt").read_text()
+    assert log.read_bytes() == logged != b""
+
+
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(project: Project) -> None:
     assert project.run("full", "full@write:9") == 2
     left = project.folder / "full" / "checkpoints"
@@ -155,7 +238,7 @@ def test_a_budget_of_kl_ends_ppo_early_and_a_resumed_run_ends_there_too(project:
     def summary(out: str) -> dict[str, Any]:
         return json.loads((project.folder / out / "summary.json").read_text())  # type: ignore[no-any-return]
 
-    budget = ["--ppo.kl-budget", "1e-3", "--ppo.learning-rate", "3e-3"]
+    budget = ["--ppo.kl-budget", "1e-3", "--ppo.learning-rate", "1e-2"]
     assert project.run("budget", options=budget) == 0
     assert summary("budget")["stopped_at_kl"] > 1e-3
     assert "stopped_at_kl" not in summary("left-alone")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
-from prefero.rollout.sampling import draw, inverse_cdf, stream_key, uniforms
+from prefero.rollout.sampling import draw, inverse_cdf, penalised, stream_key, uniforms
 
 DRAWS = 20_000
 LOGITS = torch.linspace(-2.0, 2.5, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(3))]
@@ -53,6 +54,33 @@ def test_truncated_draws_follow_the_truncated_softmax(temperature, top_k, top_p)
         assert chi_squared(drawn.token_ids, expected) < 6
     torch.testing.assert_close(drawn.logprobs, probs.log()[drawn.token_ids], atol=1e-6, rtol=0)
     torch.testing.assert_close(drawn.sampling_logprobs, expected.log()[drawn.token_ids], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("min_p", [0.02, 0.2, 0.9])
+def test_what_is_too_unlikely_beside_the_likeliest_is_never_drawn(min_p):
+    theirs = MinPLogitsWarper(min_p)(None, LOGITS[None] / 1.3).double().softmax(-1)[0]
+    drawn = draw(LOGITS.expand(DRAWS, -1), keyed(DRAWS, seed=2), temperature=1.3, min_p=min_p)
+    assert set(drawn.token_ids.tolist()) == set(theirs.nonzero().flatten().tolist())
+    torch.testing.assert_close(drawn.sampling_logprobs, theirs.log()[drawn.token_ids], atol=1e-6, rtol=0)
+
+
+def test_drawing_by_other_logits_keeps_the_models_own_log_probabilities():
+    other = LOGITS.flip(0)
+    drawn = draw(LOGITS.expand(DRAWS, -1), keyed(DRAWS, seed=3), temperature=0.7, instead=other.expand(DRAWS, -1))
+    probs = (other.double() / 0.7).softmax(-1)
+    assert chi_squared(drawn.token_ids, probs) < 6
+    own = (LOGITS.double() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(drawn.logprobs, own[drawn.token_ids], atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn.sampling_logprobs, probs.log()[drawn.token_ids], atol=1e-6, rtol=0)
+    likeliest = draw(LOGITS[None], None, instead=other[None])
+    assert likeliest.token_ids.item() == other.argmax() and likeliest.sampling_logprobs.item() == 0
+
+
+def test_repetitions_are_punished_as_everyone_does():
+    logits, seen = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)), [[1, 5, 39], [0, 2, 7], [4, 9, 11]]
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(seen), logits.clone())
+    torch.testing.assert_close(penalised(logits, seen, 1.7), theirs)
+    assert torch.equal(penalised(logits, [[], [], []], 1.7), logits)
 
 
 def test_a_nucleus_beyond_the_prefilter_is_exact():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import gpt2_config, tiny_llama, tiny_tokenizer
@@ -19,6 +20,9 @@ from prefero.models.auto import AutoActor, AutoCritic, AutoRM
 from prefero.models.base import Actor, Critic, RewardModel
 from prefero.models.lora import adapters_disabled
 from prefero.optimizer import HybridAdam
+from prefero.rewards.combined import WeightedSum
+from prefero.rewards.model import ModelReward
+from prefero.rollout.collect import collect
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
@@ -129,16 +133,54 @@ def generate(strategy: Strategy, actor: Actor) -> list[list[int]]:
     return strategy.group.gather_json([list(c.token_ids) for c in done][: strategy.group.share(5).num_real])
 
 
+def frozen_after_prepare(strategy: Strategy) -> bool:
+    """As the older system's trainer does with reward and initial model; whether it answers, gradients on or off."""
+    model = strategy.prepare(Actor(tiny_llama()))
+    model.requires_grad_(False)
+    ids = torch.arange(20).reshape(2, 10) % 7
+    with torch.no_grad():
+        first = model(ids, 5)
+    again = model(ids, 5)
+    return torch.equal(first, again) and not again.requires_grad
+
+
+def by_hand(strategy: Strategy) -> list[float]:
+    """The norms of steps of a loop of one's own, each process with rows of its own."""
+    torch.manual_seed(3)
+    model = Actor(tiny_llama())
+    model, optimizer = strategy.prepare((model, HybridAdam(model.parameters(), lr=1e-2)))
+    norms = []
+    for _ in range(2):
+        mine = strategy.group.share(4).rows
+        ids = (torch.arange(40).reshape(4, 10) % 7)[torch.tensor(mine)]
+        strategy.backward(-model(ids, 5).sum() / 40, model, optimizer)
+        norms.append(strategy.optimizer_step(optimizer, max_norm=1.0))
+    return norms
+
+
+def judged(strategy: Strategy, actor: Actor) -> list[float]:
+    """The scores of a reward model that is shared out like the policy, of prompts that do not divide evenly."""
+    torch.manual_seed(5)
+    judge = RewardModel(tiny_llama(), nn.Linear(32, 1)).requires_grad_(False)
+    reward = WeightedSum({"judge": (ModelReward(strategy.prepare(judge), tiny_tokenizer(), batch_size=2), 1.0)})
+    engine = HFEngine(actor, tiny_tokenizer(), eos_token_ids=[2])
+    prompts = [Prompt(f"p{i}", tuple(range(3, 5 + i)), f"{i}") for i in range(5)]
+    with strategy.whole(actor):
+        rollouts = collect(prompts, engine, reward, SamplingParams(max_new_tokens=8, seed=7), group=strategy.group)
+    return [rollout.score.value for rollout in rollouts]
+
+
 def main(kind: str, folder: Path) -> None:
     """Everything of one kind of strategy."""
     torch.set_num_threads(1)
     strategy = KINDS[kind]()
     group, out = strategy.group, {}
+    out["frozen after prepare"], out["by hand"] = frozen_after_prepare(strategy), by_hand(strategy)
     out["norms"], out["lora norms"] = {}, {}
     for name, rank in (("norms", 0), ("lora norms", 4)):
         fresh, _, out[name] = train(strategy, rank, 3)
     actor, optimizer, _ = train(strategy, 0, 3)
-    out["samples"] = generate(strategy, actor)
+    out["samples"], out["judged"] = generate(strategy, actor), judged(strategy, actor)
     size = group.world_size
     weights = folder / f"{kind}-{size}.safetensors"
     strategy.save_model(actor, weights, only_rank0=True)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from prefero.models.base import Actor, Critic, RewardModel
 from prefero.optimizer import CPUAdam, HybridAdam
 from prefero.strategies import NaiveStrategy, Strategy
+from prefero.strategies.scaling import LossScale
 from prefero.trainer.strategies import NaiveStrategy as Seeds
 from tests.models.families import FAMILIES, Family, loud, stir_adapters, tokens
 from tests.tiny import tiny_llama
@@ -260,8 +262,43 @@ def test_files_that_do_not_fit_are_named(strategy: NaiveStrategy, tmp_path: Path
     with pytest.raises(ValueError, match=r"o\.pt does not fit the optimizer"):
         strategy.load_optimizer(HybridAdam(actor.parameters()), tmp_path / "o.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt does not fit the optimizer"):
+        strategy.load_optimizer(HybridAdam(actor.parameters()), tmp_path / "list.pt")
     with pytest.raises(ValueError, match="does not hold named tensors"):
         strategy.load_model(actor, tmp_path / "list.pt")
+
+
+def test_optimizer_states_of_other_shapes_are_refused(strategy: NaiveStrategy, tmp_path: Path) -> None:
+    actor = Actor(tiny_llama())
+    optimizer = HybridAdam(actor.parameters())
+    step(strategy, actor, optimizer)
+    state = optimizer.state_dict()
+    torch.save(state | {"sharded": {"rank": 1, "world_size": 2}}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="part 1 of 2 of a sharded optimizer"):
+        strategy.load_optimizer(HybridAdam(actor.parameters()), tmp_path / "part.pt")
+    entry = state["state"][0]
+    state["state"][0] = {kind: value[:1] if value.dim() else value for kind, value in entry.items()}
+    torch.save(state, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"half\.pt does not fit the optimizer: it holds exp_avg.* of shape"):
+        strategy.load_optimizer(HybridAdam(actor.parameters()), tmp_path / "half.pt")
+
+
+def test_optimizers_with_states_of_shapes_of_their_own_come_back(strategy: NaiveStrategy, tmp_path: Path) -> None:
+    actor = Actor(tiny_llama())
+    optimizer = torch.optim.Adafactor(actor.parameters())
+    step(strategy, actor, optimizer)
+    strategy.save_optimizer(optimizer, tmp_path / "o.pt")
+    other = torch.optim.Adafactor(actor.parameters())
+    strategy.load_optimizer(other, tmp_path / "o.pt")
+    for parameter, kept in optimizer.state.items():
+        torch.testing.assert_close(other.state[parameter], kept)
+
+
+def test_a_file_of_something_else_is_refused_also_when_not_strict(strategy: NaiveStrategy, tmp_path: Path) -> None:
+    torch.save({"bias": torch.zeros(2)}, tmp_path / "else.pt")
+    for model in (Actor(tiny_llama()), Actor(tiny_llama(), lora_rank=2), nn.Embedding(2, 2)):
+        with pytest.raises(ValueError, match="it has none of the model's weights"):
+            strategy.load_model(model, tmp_path / "else.pt", strict=False)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -344,6 +381,47 @@ def test_adam_is_the_published_rule(kind: type[HybridAdam], decay: float) -> Non
     theirs = run_adam(lambda w: torch.optim.Adam(w, lr=0.01, weight_decay=decay, foreach=False, fused=False))
     for a, b in zip(coupled, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_moments_in_main_memory_change_nothing(
+    strategy: NaiveStrategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped: list[nn.Parameter] = []
+    whole = torch.optim.Adam.step
+
+    def spy(self: torch.optim.Adam, *further: Any) -> Any:
+        stepped.extend(p for group in self.param_groups for p in group["params"])
+        return whole(self, *further)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    plain, away = (Actor(tiny_llama()) for _ in range(2))
+    away.load_state_dict(plain.state_dict())
+    usual = HybridAdam(plain.parameters(), lr=0.01, weight_decay=0.1)
+    kept = HybridAdam(away.parameters(), lr=0.01, weight_decay=0.1, states_on_cpu=True)
+    for _ in range(3):
+        step(strategy, plain, usual)
+        assert {id(p) for p in stepped} == {id(p) for p in plain.parameters()}
+        stepped.clear()
+        step(strategy, away, kept)
+        assert stepped and not {id(p) for p in stepped} & {id(p) for p in away.parameters()}, "these are copies"
+        stepped.clear()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), away.parameters(), strict=True))
+    assert [id(p) for group in kept.param_groups for p in group["params"]] == [id(p) for p in away.parameters()]
+    assert {id(p) for p in kept.state} == {id(p) for p in away.parameters()}
+    strategy.save_optimizer(kept, tmp_path / "o.pt")
+    strategy.load_optimizer(usual, tmp_path / "o.pt")
+    with pytest.raises(ValueError, match="nvme_offload_dir='x' is not supported"):
+        HybridAdam(away.parameters(), nvme_offload_dir="x")
+
+
+def test_a_gradient_is_divided_by_the_factor_it_was_multiplied_with() -> None:
+    """Two models behind one loss scale, both backwards before both steps, and the first step lets the scale grow."""
+    strategy = NaiveStrategy("cpu", precision="fp16", loss_scale=LossScale(initial_scale=8.0, growth_interval=1))
+    models = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    optimizers = [HybridAdam(model.parameters()) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        strategy.backward(model.weight.sum(), model, optimizer)
+    assert [strategy.optimizer_step(optimizer) for optimizer in optimizers] == [1.0, 1.0]
 
 
 def test_adam_defaults_and_groups() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,35 @@ from prefero.models.llama import LlamaActor
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
+from prefero.rollout.native.engine import NativeEngine
 from prefero.strategies.naive import NaiveStrategy
 from prefero.trainer import PPOTrainer, SFTTrainer
 from prefero.trainer.collate import collate_rollouts
-from prefero.types import Prompt, TokenBatch
+from prefero.types import Completion, Prompt, TokenBatch
+
+
+@pytest.mark.parametrize("engine", [HFEngine, NativeEngine])
+@pytest.mark.parametrize("wrong", [0.0, 0.3])
+def test_a_sampler_with_other_log_probabilities_than_the_trainer_is_noticed(engine: Any, wrong: float) -> None:
+    class Sampler(engine):  # type: ignore[misc]
+        def generate(self, *arguments: Any) -> list[Completion]:
+            done = super().generate(*arguments)
+            return [replace(c, logprobs=tuple(logprob - wrong for logprob in c.logprobs)) for c in done]
+
+    policy, values = actor(0, torch.float32), critic(1, torch.float32)
+    subject = PPOTrainer(
+        NaiveStrategy("cpu"), policy, values, counts_token(5), None, torch.optim.Adam(policy.parameters(), lr=1e-2),
+        torch.optim.Adam(values.parameters()), settings=PPOSettings(kl_coef=0.0, temperature=0.8), train_batch_size=4,
+        max_epochs=2, engine=Sampler(policy, tiny_tokenizer(), eos_token_ids=[EOS]), max_logprob_mismatch=0.1,
+        sampling=SamplingParams(6, temperature=0.8, seed=1), num_samples=4,
+    )  # fmt: skip
+    if wrong:
+        with pytest.raises(ValueError, match=r"are 0\.3 nats a token away.*at most 0\.1"):
+            subject.step(prompts())
+        return
+    for _ in range(2):  # the second with weights that have moved
+        metrics = subject.step(prompts())
+        assert 0.0 <= metrics["rollout/logprob_mismatch"] < 1e-5 < metrics["policy/logprob_change"]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -15,9 +15,11 @@ from prefero.experience_maker import Experience, ExperienceMaker, NaiveExperienc
 from prefero.replay_buffer import NaiveReplayBuffer
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
+from prefero.strategies.group import Group
 from prefero.strategies.naive import NaiveStrategy
 from prefero.trainer import PPOTrainer, Trainer
 from prefero.trainer.callbacks import Callback, PerformanceEvaluator, SaveCheckpoint
+from prefero.trainer.experience import _own_draws
 from prefero.trainer.update import cosine
 
 GENERATE = {"max_length": 7, "eos_token_id": EOS, "pad_token_id": 0}
@@ -324,3 +326,17 @@ def test_the_performance_evaluator_counts_the_seeds_flops(capsys: pytest.Capture
     assert learned == int(learned) and 4 <= learned <= 7  # the batch is as long as its longest row
     printed = capsys.readouterr().out
     assert "Making experience throughput" in printed and "Learning throughput" in printed
+
+
+def test_processes_that_are_seeded_alike_draw_numbers_of_their_own() -> None:
+    def drawn(group: Group) -> tuple[float, float]:
+        torch.manual_seed(7)
+        with _own_draws(group):
+            inside = float(torch.rand(()))
+        return inside, float(torch.rand(()))
+
+    alone, first, second = (drawn(group) for group in (Group(), Group(0, 2), Group(1, 2)))
+    assert len({alone[0], first[0], second[0]}) == 3
+    assert first[1] == second[1], "what they must draw alike, they still do"
+    torch.manual_seed(7)
+    assert alone[0] == float(torch.rand(())), "one process draws as it always did"

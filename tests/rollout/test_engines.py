@@ -1,4 +1,4 @@
-"""The Hugging Face engine: a sample depends on its key only, and its log-probabilities are the trainer's."""
+"""Both engines: a sample depends on its key only, and its log-probabilities are the trainer's."""
 
 import dataclasses
 from collections import Counter
@@ -6,12 +6,20 @@ from collections import Counter
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BloomForCausalLM, GPT2LMHeadModel, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomForCausalLM,
+    GPT2LMHeadModel,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from prefero.functional.logprobs import token_logprobs
 from prefero.models.base import Actor
 from prefero.rollout.engine import Engine, SamplingParams, TruncatedCompletion, sampling_logprobs
 from prefero.rollout.hf import HFEngine
+from prefero.rollout.native.engine import Bounds, NativeEngine
+from prefero.rollout.rows import Row, advance, texts_of
 from prefero.types import Prompt
 from tests.tiny import bloom_config, gpt2_config, opt_config, tiny_llama, tiny_tokenizer
 
@@ -31,7 +39,10 @@ def peaked(model):
                 parameter.mul_(4)
         if not model.config.tie_word_embeddings:  # a tied model would only repeat its last token
             model.get_output_embeddings().weight.mul_(5)
-    return model.float().eval()
+        size = float(model.float().eval()(torch.arange(20)[None]).logits.std())
+        if size > 6:  # more than a trained model's, whose rounding would be larger too
+            model.get_output_embeddings().weight.mul_(6 / size)
+    return model
 
 
 def prompts(lengths=(1, 3, 7, 2, 5, 4)):
@@ -40,8 +51,25 @@ def prompts(lengths=(1, 3, 7, 2, 5, 4)):
     return [Prompt(f"p{i}", tuple(ids), tokenizer.decode(ids)) for i, ids in enumerate(rows)]
 
 
-def engine(model, batch_size=8, eos=None):
-    return HFEngine(model, tiny_tokenizer(), batch_size=batch_size, eos_token_ids=eos)
+KINDS = {
+    "hf": lambda model, tokenizer, size, eos: HFEngine(model, tokenizer, batch_size=size, eos_token_ids=eos),
+    "native": lambda model, tokenizer, size, eos: NativeEngine(model, tokenizer, Bounds(slots=size), eos),
+}
+
+
+@pytest.fixture(autouse=True, params=sorted(KINDS))
+def kind(request):
+    """Which engine `engine` makes in this test."""
+    engine.kind = request.param
+    return request.param
+
+
+def engine(model, batch_size=8, eos=None, tokenizer=None):
+    return KINDS[engine.kind](model, tokenizer or tiny_tokenizer(), batch_size, eos)
+
+
+hf_only = pytest.mark.parametrize("kind", ["hf"], indirect=True)
+"""For what is how this engine goes about it, not what comes out."""
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -110,6 +138,89 @@ def test_truncated_completions_name_both_logprobs(llama):
     assert sampling_logprobs(plain) == plain.logprobs
 
 
+def test_penalised_completions_name_the_chance_they_were_drawn_with(llama):
+    added = {7: 3.0, 9: -50.0}
+    params = SamplingParams(8, temperature=0.8, min_p=0.01, repetition_penalty=1.5, logit_bias=added, seed=2)
+    bias = torch.tensor([added.get(token, 0.0) for token in range(llama.config.vocab_size)], dtype=torch.float64)
+    for prompt, completion in zip(prompts(), engine(llama).generate(prompts(), params), strict=True):
+        assert isinstance(completion, TruncatedCompletion) and 9 not in completion.token_ids
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        start = len(prompt.token_ids)
+        logits = llama(ids).logits[0, start - 1 : -1].detach()
+        for step, (row, token) in enumerate(zip(logits, completion.token_ids, strict=True)):
+            own = (row.double() / 0.8).log_softmax(-1)
+            assert completion.logprobs[step] == pytest.approx(float(own[token]), abs=1e-4)
+            punished = RepetitionPenaltyLogitsProcessor(1.5)(ids[:, : start + step], row[None])[0]
+            probs = ((punished.double() + bias) / 0.8).softmax(-1)
+            probs = torch.where(probs < 0.01 * probs.max(), 0.0, probs)
+            chance = float((probs / probs.sum()).log()[token])
+            assert sampling_logprobs(completion)[step] == pytest.approx(chance, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "text"),
+    [
+        (("a", "\n\n\n\n"), ("\n\n",), "a"),
+        (("a", "###\n\n"), ("\n\n", "###"), "a"),
+        (("a", "#", "b##"), ("##",), "a#b"),
+        (("a", "#", "#b"), ("##",), "a"),
+        (("a", "b"), ("c",), "ab"),
+    ],
+)
+def test_the_first_of_all_stop_texts_ends_an_answer(pieces, stops, text):
+    class Words:
+        eos_token_id = None
+
+        def decode(self, ids, **_):
+            return "".join((*pieces, "?")[token] for token in ids)
+
+    row = Row(0, Prompt("p", (len(pieces),), "?"), 0)
+    for token in range(len(pieces)):
+        logits = torch.full((1, len(pieces)), -50.0).index_fill(1, torch.tensor([token]), 50.0)
+        advance([row], logits, SamplingParams(len(pieces), stop=stops), frozenset(), Words())
+    assert texts_of([row], Words()) == [text]
+    assert row.finish_reason == ("stop" if stops != ("c",) else "length")
+
+
+def test_streams_may_take_turns_and_leave_the_model_as_it_was():
+    actor = Actor(peaked(tiny_llama()), lora_rank=2).train()
+    subject, params = engine(actor, eos=()), SamplingParams(6, seed=1)
+    expected = [subject.generate([prompt], params)[0].text for prompt in prompts()[:2]]
+    streams = [subject.stream(prompt, params) for prompt in prompts()[:2]]
+    texts = ["", ""]
+    for _ in range(7):
+        for number, stream in enumerate(streams):
+            texts[number] += next(stream, "")
+            assert actor.model.training and not any("forward" in vars(module) for module in actor.modules())
+    assert texts == expected
+
+
+def test_parameters_can_be_keys():
+    assert len({SamplingParams(4), SamplingParams(4), SamplingParams(4, logit_bias={1: 2.0})}) == 2
+
+
+def test_a_bias_for_a_token_that_is_not_there_is_refused(llama):
+    with pytest.raises(ValueError, match=r"logit_bias names token id 99, outside the model's vocabulary of 32"):
+        engine(llama).generate(prompts(), SamplingParams(4, logit_bias={99: 1.0}))
+
+
+def test_a_stop_text_ends_a_completion_and_is_no_part_of_its_text(llama):
+    [free] = engine(llama).generate(prompts((3,)), SamplingParams(30, seed=4))
+    words = free.text.split()
+    stop = " ".join(words[3:5])  # of two tokens at least
+    before = free.text[: free.text.index(stop)]
+    params = SamplingParams(30, seed=4, stop=("never written", stop))
+    [ended] = engine(llama).generate(prompts((3,)), params)
+    assert ended.finish_reason == "stop" and ended.text == before
+    assert ended.token_ids == free.token_ids[: len(ended.token_ids)]
+    decode = tiny_tokenizer().decode
+    assert stop in decode(ended.token_ids) and stop not in decode(ended.token_ids[:-1])
+    assert "".join(engine(llama).stream(prompts((3,))[0], params)) == before
+    later = SamplingParams(30, seed=4, stop=(stop,), min_new_tokens=len(ended.token_ids) + 1)
+    [longer] = engine(llama).generate(prompts((3,)), later)
+    assert len(longer.token_ids) > len(ended.token_ids)
+
+
 def test_a_sample_is_the_same_in_any_batch_order_and_company(model):
     params = SamplingParams(16, temperature=1.1, seed=7)
     asked = prompts()
@@ -143,6 +254,7 @@ class Spy(torch.nn.Module):
         )
 
 
+@hf_only
 def test_finished_rows_are_not_computed_any_more(model):
     ends = list(range(6))
     params = SamplingParams(20, temperature=1.5, seed=12)
@@ -154,6 +266,7 @@ def test_finished_rows_are_not_computed_any_more(model):
     assert spy.rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
+@hf_only
 def test_large_batches_drop_rows_in_lots_and_give_the_same(llama):
     asked = prompts(tuple(1 + i % 5 for i in range(40)))
     ends, params = list(range(8)), SamplingParams(15, temperature=2.0, seed=4)
@@ -328,6 +441,7 @@ class Parrot:
         return list(self.engine.stream(Prompt("p", (1,), "x"), SamplingParams(50)))
 
 
+@hf_only
 @pytest.mark.parametrize("text", ["naïve café", "日本語 and 🙂🙃!", "e\u0301 � stays", "🙂"])
 def test_a_stream_never_breaks_a_character(text):
     tokenizer = byte_tokenizer()
@@ -337,6 +451,7 @@ def test_a_stream_never_breaks_a_character(text):
     assert len(pieces) > 1 or len(text) == 1
 
 
+@hf_only
 def test_a_stream_cut_inside_a_character_still_ends():
     tokenizer = byte_tokenizer()
     pieces = Parrot(tokenizer, tokenizer("ab🙂").input_ids[:-1]).stream()
@@ -389,15 +504,15 @@ def test_a_model_without_a_context_limit_has_none():
 def test_what_is_no_language_model_is_refused(llama):
     with pytest.raises(ValueError, match=r"Linear.*Actor or a transformers model"):
         engine(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match=r"(batch_size|slots) is 0"):
         engine(llama, batch_size=0)
     with pytest.raises(ValueError, match="not all inside"):
         engine(llama, eos=[2, 32])
     nameless = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
-    assert HFEngine(llama, nameless).eos_token_ids == {2}  # the model's own
+    assert engine(llama, tokenizer=nameless).eos_token_ids == {2}  # the model's own
     llama.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token_ids is None"):
-        HFEngine(llama, nameless)
+        engine(llama, tokenizer=nameless)
 
 
 @pytest.mark.parametrize(
@@ -417,6 +532,12 @@ def test_what_is_no_language_model_is_refused(llama):
         ({"seed": -1}, "seed is -1"),
         ({"step": 2**63}, "step is 9223372036854775808"),
         ({"greedy": 1}, "greedy is 1.*true or false"),
+        ({"min_p": 1.0}, r"min_p is 1.0.*\[0, 1\)"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias is {-1: 1.0}"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias is {3: inf}"),
+        ({"stop": ("",)}, "stop is.*none of them empty"),
+        ({"stop": "."}, "stop is '.': give a tuple"),
     ],
 )
 def test_sampling_parameters_check_themselves(change, message):

@@ -1,0 +1,108 @@
+"""Forward passes without padding, for any family that can: hidden states and logits of packed texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BloomModel, PreTrainedModel
+
+from prefero.models import alibi
+from prefero.models.packing import NAME, Packing, Texts
+from prefero.models.trunk import check_length, evaluating, is_bidirectional, padded_hidden_states
+
+_PACKS = "_prefero_packs"  # of a trunk: what `packs` has found out
+
+
+def hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last hidden states [B, S, D] of `token_ids` [B, S] under `attention_mask` [B, S]; zeros at padding.
+
+    Padding is not computed where the trunk can do without.
+    """
+    # First of all: where weights are shared out, every process must try it, and at the same time.
+    able = packs(trunk)
+    if attention_mask is None or bool(attention_mask.all()) or not able:
+        return padded_hidden_states(trunk, token_ids, attention_mask)
+    check_length(trunk, token_ids, attention_mask)
+    packing = Packing.of(attention_mask, causal=not is_bidirectional(trunk.config))
+    packed = run(trunk, token_ids.flatten()[packing.source], packing.positions, packing)
+    apart = packed.new_zeros(token_ids.numel(), packed.shape[1]).index_copy(0, packing.source, packed)
+    return apart.view(*token_ids.shape, -1)
+
+
+def run(trunk: Any, ids: Tensor, positions: Tensor, texts: Texts) -> Tensor:
+    """The last hidden states [T, D] of packed token ids [T] at their positions [T]."""
+    _check(trunk)
+    if isinstance(trunk, BloomModel):
+        return alibi.run(trunk, ids, texts)
+    hidden: Tensor = trunk(**_inputs(ids, positions, texts)).last_hidden_state
+    return hidden[0]
+
+
+def logits(model: Any, ids: Tensor, positions: Tensor, texts: Texts, places: Tensor) -> Tensor:
+    """The logits [P, V] after the packed tokens at `places` [P], by a causal model's own forward."""
+    _check(model.base_model)
+    if isinstance(model.base_model, BloomModel):
+        head: Tensor = model.lm_head(alibi.run(model.base_model, ids, texts)[places])
+        return head
+    found: Tensor = model(**_inputs(ids, positions, texts), logits_to_keep=places).logits
+    return found[0]
+
+
+def _check(trunk: Any) -> None:
+    if not _is_ours(trunk):
+        raise ValueError(
+            f"the attention of {type(trunk).__name__} was changed to {trunk.config._attn_implementation!r} after "
+            "it was first used: use set_attn_implementation before, or make the engine anew"
+        )
+
+
+def _inputs(ids: Tensor, positions: Tensor, texts: Texts) -> dict[str, Any]:
+    # A mask of four dimensions is one the model need not make: `texts` says it all.
+    return {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0),
+            "attention_mask": ids.new_ones(1, 1, 1, 1), "use_cache": False, "texts": texts}  # fmt: skip
+
+
+def packs(trunk: Any) -> bool:
+    """Whether a trunk computes the same for packed texts; found out by trial, once, whatever the family.
+
+    From then on its attention is that of this module, which is transformers' own where nothing is packed.
+    """
+    known: bool | None = getattr(trunk, _PACKS, None)
+    if known is None:
+        known = _tried(trunk)
+        setattr(trunk, _PACKS, known)
+    return known and _is_ours(trunk)
+
+
+def _is_ours(trunk: Any) -> bool:
+    return isinstance(trunk, BloomModel) or trunk.config._attn_implementation == NAME
+
+
+@torch.no_grad()
+def _tried(trunk: Any) -> bool:
+    config, bloom = trunk.config, isinstance(trunk, BloomModel)
+    if not bloom and not (isinstance(trunk, PreTrainedModel) and trunk._can_set_attn_implementation()):
+        return False
+    if config._attn_implementation not in ("sdpa", "eager", NAME):
+        return False
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], device=trunk.device)
+    words = trunk.get_input_embeddings().num_embeddings  # perhaps fewer than these
+    ids = torch.tensor([[3, 1, 2, 0, 0], [2, 0, 1, 3, 1]], device=trunk.device) % words
+    before = config._attn_implementation
+    with evaluating(trunk):
+        theirs = padded_hidden_states(trunk, ids, mask)
+        if not bloom:
+            config._attn_implementation = NAME
+        try:
+            packing = Packing.of(mask, causal=not is_bidirectional(config))
+            ours = run(trunk, ids.flatten()[packing.source], packing.positions, packing)
+            alike = torch.allclose(ours, theirs.flatten(0, 1)[packing.source], rtol=1e-3, atol=1e-4)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: BLE001 whatever a forward does with what it does not know
+            alike = False
+    if not alike:
+        config._attn_implementation = before
+    return bool(alike)

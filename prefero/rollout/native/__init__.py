@@ -1,0 +1,1 @@
+"""Our own sampler: continuous batching over the very modules that train."""
