@@ -88,6 +88,8 @@ class PPOTrainer(Trainer):
             kl_coef=kl_coef, clip_low=eps_clip, value_clip=value_clip, temperature=temperature
         )
         _check(settings, temperature, critic, micro_batch_size)
+        # Passes without gradients since they were prepared may have left their weights gathered.
+        (actor, actor_optim), (critic, critic_optim) = strategy.prepare((actor, actor_optim), (critic, critic_optim))
         _freeze(initial_model, reward_model, trained=(actor, critic))
         self.algorithm = PPO(actor, critic, initial_model, settings)
         self.engine = engine
