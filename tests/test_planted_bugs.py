@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VECTORS = "tests/functional/test_formula_vectors.py"
 METAMORPHIC = "tests/trainer/test_metamorphic_ppo.py"
+PACKING = "tests/models/test_model_packing.py"
 DISTRIBUTED = "tests/strategies/test_distributed.py"
 BUGS = [
     # the formulas
@@ -32,7 +33,8 @@ BUGS = [
     # what reads what
     ("log-probabilities are off by one", "models/base.py", "attention_mask)[:, -num_actions - 1 : -1]\n        index", "attention_mask)[:, -num_actions:]\n        index", METAMORPHIC),
     ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),
-    ("positions count padding", "models/trunk.py", "attention_mask.long().cumsum(dim=-1)", "torch.ones_like(attention_mask).long().cumsum(dim=-1)", METAMORPHIC),
+    ("positions count padding", "models/trunk.py", "attention_mask.long().cumsum(dim=-1)", "torch.ones_like(attention_mask).long().cumsum(dim=-1)", PACKING),
+    ("packed texts count on from the one before", "models/packing.py", "return Packing(source, positions,", "return Packing(source, torch.arange(len(source)),", PACKING),
     ("the reward is read at the last column", "models/base.py", "last = sequences.shape[1] - 1 - mask.long().flip(1).argmax(dim=1)", "last = torch.full_like(mask[:, 0].long(), -1)", "tests/models/test_model_critic_and_reward.py"),
     ("padding is whatever equals the end token", "data/collate.py", "return _pad(sequences, pad_id, left=False)", "ids, _ = _pad(sequences, pad_id, left=False)\n    return ids, (ids != pad_id).long()", "tests/data"),
     # the loop
