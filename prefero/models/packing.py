@@ -104,6 +104,10 @@ class Attending:
         causal: the last query stands at the last key and each sees what is not after it, unless `visible` says it.
         """
         groups = query.shape[1] // key.shape[1]
+        if groups > 1 and (self.softcap is not None or (key.is_cuda and visible is not None)):
+            # Torch's fast kernels on a GPU take either a mask or heads of queries that share their keys.
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            groups = 1
         if visible is None and causal and (self.slopes is not None or self.softcap is not None):
             rows, columns = query.shape[2], key.shape[2]
             visible = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -116,8 +120,6 @@ class Attending:
                 query, key, value, visible, self.dropout, causal and visible is None, scale=self.scaling,
                 enable_gqa=groups > 1,
             )  # fmt: skip
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
         scores = self.softcap * torch.tanh(scores / self.softcap)
         if visible is not None:

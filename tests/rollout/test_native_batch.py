@@ -21,6 +21,7 @@ from prefero.models.trunk import replaced, trunk_of
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.hf import HFEngine
 from prefero.rollout.native.engine import Bounds, NativeEngine, UnpackableError
+from prefero.rollout.rows import rows_of
 from prefero.types import Prompt
 from tests.rollout.test_engines import peaked, prompts, same
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -97,10 +98,10 @@ def test_samples_of_one_prompt_read_it_once():
     engine = native(model, slots=8, make=Counted)
     same(engine.generate([prompt] * 8, params), HFEngine(model, tiny_tokenizer(), 8, ()).generate([prompt] * 8, params))
     assert engine.given == [20, 8, 8, 8, 8]
-    # Those that find no slot at first copy what those before them have read.
+    # Those that find no slot at first copy what those before them have read, though these have all ended.
     engine = native(model, slots=3, make=Counted)
-    engine.generate([prompt] * 8, params)
-    assert sum(engine.given) <= 20 + 20 + 20 + 8 * 4
+    same(engine.generate([prompt] * 8, params), HFEngine(model, tiny_tokenizer(), 8, ()).generate([prompt] * 8, params))
+    assert sum(engine.given) == 20 + 1 + 1 + 8 * 4
 
 
 def test_prompts_that_begin_alike_read_the_beginning_once():
@@ -110,6 +111,30 @@ def test_prompts_that_begin_alike_read_the_beginning_once():
     engine = native(model, slots=8, make=Counted)
     same(engine.generate(asked, params), HFEngine(model, tiny_tokenizer(), 8, ()).generate(asked, params))
     assert engine.given == [22, 5 * 2, 6, 6, 6]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_long_prompts_are_read_in_pieces(monkeypatch, family, slots):
+    torch.manual_seed(3)
+    model = peaked(AutoModelForCausalLM.from_config(FAMILIES[family]()))
+    asked, params = prompts((30, 2, 17, 9, 30, 1)), SamplingParams(6, seed=4)
+    expected = native(model, slots=slots).generate(asked, params)
+    monkeypatch.setattr("prefero.rollout.native.batch._PIECE", 7)
+    engine = native(model, slots=slots, make=Counted)
+    same(engine.generate(asked, params), expected)
+    assert max(engine.given) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_is_kept(dtype):
+    model = peaked(tiny_llama()).to(dtype)
+    engine = native(model, slots=3)
+    batch = engine._batch(rows_of(prompts(), SamplingParams(8, seed=3), model.config), SamplingParams(8, seed=3))
+    for _ in batch:
+        pass
+    kept = [pool for pools in (batch.slots.keys, batch.slots.values) for pool in pools.values()]
+    assert sum(pool.nbytes for pool in kept) == batch.slots.count * engine._bytes(batch.slots.room)
 
 
 def test_memory_is_bounded_and_what_does_not_fit_is_named():

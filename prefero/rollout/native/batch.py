@@ -19,6 +19,7 @@ Draw = Callable[[Tensor, Sequence[Row]], None]
 
 _REFILL = 4  # new prompts are taken in once a quarter of the slots is free: a prefill holds everybody up
 _WORTH = 8  # tokens that two prompts must share for their keys and values to be copied
+_PIECE = 4096  # tokens of prompts read in one forward pass: what a pass computes takes memory too
 
 
 class Batch:
@@ -32,6 +33,8 @@ class Batch:
         self.waiting = list(reversed(rows))
         self.active: list[Row] = []
         self.slots = slots
+        self.read: list[tuple[int, ...]] = [()] * slots.count
+        """The beginning of a prompt that a slot holds, also after its answer has ended."""
         self.forward = forward
         self.draw = draw
         self.device = device
@@ -55,52 +58,61 @@ class Batch:
         first = len(self.active)
         self.active += rows
         groups = [list(group) for _, group in groupby(range(first, len(self.active)), self._prompt)]
-        known = list(range(first))  # slots whose prompts are there already
         logits: dict[int, Tensor] = {}
         while groups:
-            wave = [group for i, group in enumerate(groups) if not self._should_wait(group[0], groups[:i], known)]
+            wave = [group for i, group in enumerate(groups) if not self._should_wait(group[0], groups[:i])]
             groups = [group for group in groups if group not in wave]
-            for group, row in zip(wave, self._prefill([group[0] for group in wave], known), strict=True):
-                self.slots.copy(group[0], group[1:], len(self._prompt(group[0])))
+            for group, row in zip(wave, self._prefill([group[0] for group in wave]), strict=True):
+                self._copy(group[0], group[1:], len(self._prompt(group[0])))
                 logits |= dict.fromkeys(group, row)
-                known += group
         self.draw(torch.stack([logits[slot] for slot in range(first, len(self.active))]), rows)
 
     def _prompt(self, slot: int) -> tuple[int, ...]:
         return self.active[slot].prompt.token_ids
 
-    def _shared(self, slot: int, other: int) -> int:
-        """Columns that the prompt of one slot may take over from another; its last token is always read anew."""
-        ours, theirs = self._prompt(slot), self._prompt(other)
-        alike, end = 0, min(len(ours) - 1, len(theirs))
-        while alike < end:
-            middle = (alike + end + 1) // 2
-            if ours[alike:middle] == theirs[alike:middle]:
-                alike = middle
-            else:
-                end = middle - 1
-        return alike
+    def _should_wait(self, slot: int, before: list[list[int]]) -> bool:
+        ours = self._prompt(slot)
+        later = max((_alike(ours, self._prompt(group[0])) for group in before), default=0)
+        return later >= _WORTH and later > max(_alike(ours, theirs) for theirs in self.read)
 
-    def _should_wait(self, slot: int, before: list[list[int]], known: list[int]) -> bool:
-        now = max((self._shared(slot, other) for other in known), default=0)
-        later = max((self._shared(slot, group[0]) for group in before), default=0)
-        return later >= max(_WORTH, now + 1)
-
-    def _prefill(self, targets: list[int], known: list[int]) -> Tensor:
-        """Reads the prompts of these slots, but for what known slots have read; logits [P, V] after each."""
-        taken = []
+    def _copy(self, source: int, targets: list[int], length: int) -> None:
+        self.slots.copy(source, targets, length)
         for slot in targets:
-            donor = max(known, key=lambda other: self._shared(slot, other), default=slot)
-            shared = self._shared(slot, donor) if donor != slot else 0
-            taken.append(shared if shared >= _WORTH else 0)
-            self.slots.copy(donor, [slot], taken[-1])
-        new = [self._prompt(slot)[count:] for slot, count in zip(targets, taken, strict=True)]
-        lengths = torch.tensor([len(part) for part in new], device=self.device)
+            self.read[slot] = self.read[source][:length]
+
+    def _prefill(self, targets: list[int]) -> Tensor:
+        """Reads the prompts of these slots, but for what any slot holds already; logits [P, V] after each."""
+        done, ends = {}, {slot: len(self._prompt(slot)) for slot in targets}
+        for slot in targets:
+            shared, donor = max((_alike(self._prompt(slot), held), other) for other, held in enumerate(self.read))
+            done[slot] = shared if shared >= _WORTH else 0
+            self._copy(donor, [slot], done[slot])
+        logits: dict[int, Tensor] = {}
+        while done:
+            left, parts = _PIECE, {}
+            for slot, begin in done.items():
+                if left:
+                    parts[slot] = self._prompt(slot)[begin : min(ends[slot], begin + left)]
+                    left -= len(parts[slot])
+            after = self._read(parts, [done[slot] for slot in parts])
+            for (slot, part), row in zip(parts.items(), after, strict=True):
+                done[slot] += len(part)
+                self.read[slot] = self._prompt(slot)[: done[slot]]
+                if done[slot] == ends[slot]:
+                    logits[slot] = row
+                    del done[slot]
+        return torch.stack([logits[slot] for slot in targets])
+
+    def _read(self, parts: dict[int, tuple[int, ...]], begin: list[int]) -> Tensor:
+        """The next tokens of some slots, which hold as many as `begin` says; logits [P, V] after each part."""
+        lengths, begins, targets = (
+            torch.tensor(numbers, device=self.device)
+            for numbers in ([len(part) for part in parts.values()], begin, list(parts))
+        )
         packing = Packing.of(torch.arange(int(lengths.max()), device=self.device) < lengths.unsqueeze(1))
-        begins = torch.tensor(taken, device=self.device)
-        texts = Prefill(self.slots, packing, torch.tensor(targets, device=self.device), begins)
-        ids = torch.tensor([token for part in new for token in part], device=self.device)
-        text = torch.repeat_interleave(torch.arange(len(new), device=self.device), lengths)
+        ids = torch.tensor([token for part in parts.values() for token in part], device=self.device)
+        text = torch.repeat_interleave(torch.arange(len(parts), device=self.device), lengths)
+        texts = Prefill(self.slots, packing, targets, begins)
         return self.forward(ids, packing.positions + begins[text], texts, lengths.cumsum(0) - 1)
 
     def _decode(self) -> None:
@@ -121,6 +133,19 @@ class Batch:
                 self.active.pop()
             last = self.active.pop()
             self.slots.copy(len(self.active), [slot], len(last.prompt.token_ids) + len(last.token_ids) - 1)
+            self.read[slot] = last.prompt.token_ids
             self.active[slot] = last
         self.active = [row for row in self.active if row.finish_reason is None]
         return ended
+
+
+def _alike(prompt: tuple[int, ...], held: tuple[int, ...]) -> int:
+    """How many columns a prompt may take over from what a slot holds; its last token is always read anew."""
+    alike, end = 0, min(len(prompt) - 1, len(held))
+    while alike < end:
+        middle = (alike + end + 1) // 2
+        if prompt[alike:middle] == held[alike:middle]:
+            alike = middle
+        else:
+            end = middle - 1
+    return alike

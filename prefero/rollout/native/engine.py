@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefero.models.at_hand import at_hand
 from prefero.models.base import Actor
-from prefero.models.packed import logits, packs
+from prefero.models.packed import kept_per_token, logits, packs
 from prefero.models.packing import Texts
 from prefero.models.trunk import Forwards, evaluating, full_precision_head, replaced, trunk_of
 from prefero.rollout.engine import SamplingParams
@@ -115,11 +115,8 @@ class NativeEngine:
 
     def _bytes(self, room: int) -> int:
         """Of one slot: keys and values of every layer."""
-        c = self._config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        size = 2 if torch.is_autocast_enabled(self._device().type) else self.model.dtype.itemsize
-        return int(2 * c.num_hidden_layers * heads * width * room * size)
+        size = 2 if torch.is_autocast_enabled(self._device().type) else int(self.model.dtype.itemsize)
+        return kept_per_token(trunk_of(self._inner)) * room * size
 
     def _forward(self, ready: Forwards, ids: Tensor, positions: Tensor, texts: Texts, places: Tensor) -> Tensor:
         # no_grad, not inference_mode: buffers a model makes on the way (rotary tables) must stay usable for training.
