@@ -49,6 +49,7 @@ VARIANTS = {
     "LoRA": ["--model.lora-rank", "4", "--reward.lora-rank", "4"],
     "accumulation 2": [],
     "accumulation 4": [],
+    "60 tokens a pass": [f"--{stage}.micro-batch-tokens=60" for stage in ("sft", "reward", "ppo")],
     "activation checkpointing": ["--model.gradient-checkpointing"],
 }
 STRATEGIES = {

@@ -147,6 +147,9 @@ class SFTConfig:
     micro_batch_size: int = Field(
         default=0, ge=0, description="Rows a forward pass; 0: the whole batch. Changes memory, not results."
     )
+    micro_batch_tokens: int = Field(
+        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+    )
     learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine",
@@ -176,6 +179,9 @@ class RewardConfig:
     max_rows: int = Field(default=0, ge=0, description="Use only this many comparisons; 0: all.")
     batch_size: int = Field(default=32, ge=1, description="Comparisons an optimizer step.")
     micro_batch_size: int = Field(default=0, ge=0, description="Comparisons a forward pass; 0: the whole batch.")
+    micro_batch_tokens: int = Field(
+        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+    )
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine",
@@ -223,6 +229,9 @@ class PPOConfig:
     num_samples: int = Field(default=1, ge=1, description="Completions of each prompt.")
     train_batch_size: int = Field(default=64, ge=1, description="Completions an optimizer step.")
     micro_batch_size: int = Field(default=0, ge=0, description="Completions a forward pass; 0: the whole batch.")
+    micro_batch_tokens: int = Field(
+        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+    )
     max_epochs: int = Field(default=1, ge=1, description="Passes over the iteration's experience.")
     level: Literal["token", "sequence"] = Field(
         default="token", description="token: critic value per token and GAE. sequence: one action per completion."

@@ -67,6 +67,7 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
         callbacks=[watcher, saver],
         settings=ppo_settings(settings),
         micro_batch_size=settings.micro_batch_size or None,
+        micro_batch_tokens=settings.micro_batch_tokens or None,
         engine=engine,
         sampling=sampling_params(config),
         num_samples=settings.num_samples,

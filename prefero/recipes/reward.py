@@ -61,6 +61,7 @@ def train_reward(session: Session, policy: str) -> Metrics:
         loss_fn=settings.loss,
         centering=settings.centering,
         micro_batch_size=settings.micro_batch_size or None,
+        micro_batch_tokens=settings.micro_batch_tokens or None,
         dropout=settings.dropout,
         scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
         tracker=session.tracker,

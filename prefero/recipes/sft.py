@@ -36,6 +36,7 @@ def train_sft(session: Session) -> None:
         _loader(session, tokenizer, "heldout", limits),
         max_epochs=1,
         micro_batch_size=settings.micro_batch_size or None,
+        micro_batch_tokens=settings.micro_batch_tokens or None,
         scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
         tracker=session.tracker,
     )

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from prefero.rewards.base import Reward
-from prefero.rollout.collect import ALONE, collect
+from prefero.rollout.collect import collect
 from prefero.rollout.engine import Engine, SamplingParams
-from prefero.strategies.group import Group
+from prefero.strategies.group import ALONE, Group
 from prefero.types import Prompt, ScoredRollout
 
 

@@ -10,10 +10,8 @@ from typing import Any
 from prefero.faults import fault
 from prefero.rewards.base import Reward, checked_scores, goes_in_step
 from prefero.rollout.engine import Engine, SamplingParams, TruncatedCompletion
-from prefero.strategies.group import Group
+from prefero.strategies.group import ALONE, Group
 from prefero.types import Completion, Prompt, Rollout, Score, ScoredRollout
-
-ALONE = Group()
 
 
 def collect(

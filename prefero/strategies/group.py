@@ -183,6 +183,10 @@ def _leave() -> None:
         ending.join(_GOODBYE)
 
 
+ALONE = Group()
+"""No other process."""
+
+
 def _member(cuda: bool, patience: timedelta) -> Group:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from prefero.models.generation import eos_ids
 from prefero.models.trunk import device_of, evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import make_experience_batch, split_experience_batch
-from prefero.rollout.collect import ALONE, collect
+from prefero.rollout.collect import collect
 from prefero.rollout.engine import Engine, SamplingParams
-from prefero.strategies.group import Group
+from prefero.strategies.group import ALONE, Group
 from prefero.trainer.collate import collate_rollouts
 from prefero.trainer.gather import gather_experience
+from prefero.trainer.split import WHOLE, Portion
 from prefero.types import Experience, Prompt, Rollout, Score, ScoredRollout
+
+RolloutT = TypeVar("RolloutT", bound=Rollout)
 
 
 class ExperienceMaker(ABC):
@@ -131,7 +134,7 @@ class EngineExperienceMaker(ExperienceMaker):
     """Generates with an engine and scores with any reward.
 
     reward_model: a `Reward` over rollouts, or a reward model that reads the policy's own token ids. num_samples:
-    completions a prompt. batch_size: rows judged at a time (None: all). After `make_experience`,
+    completions a prompt. portion: what is judged at a time. After `make_experience`,
     `last_rollouts` holds what happened, in the order of the experience's rows.
     """
 
@@ -142,7 +145,7 @@ class EngineExperienceMaker(ExperienceMaker):
         reward_model: Reward | nn.Module,
         sampling: SamplingParams,
         num_samples: int = 1,
-        batch_size: int | None = None,
+        portion: Portion = WHOLE,
         group: Group = ALONE,
     ) -> None:
         super().__init__(algorithm.actor, algorithm.critic, reward_model, algorithm.reference, algorithm.kl_coef, group)
@@ -150,7 +153,7 @@ class EngineExperienceMaker(ExperienceMaker):
         self.engine = engine
         self.sampling = sampling
         self.num_samples = num_samples
-        self.batch_size = batch_size
+        self.portion = portion
         self.step = 0
         self.last_rollouts: list[ScoredRollout] = []
 
@@ -169,11 +172,15 @@ class EngineExperienceMaker(ExperienceMaker):
         fault("judge")
         share = self.group.share(len(self.last_rollouts))
         rollouts = [self.last_rollouts[row] for row in share.rows]
-        size = self.batch_size or len(rollouts)
-        parts = [self._judge(rollouts[start : start + size]) for start in range(0, len(rollouts), size)]
+        parts = [self._judge(part) for part in self._portions(rollouts)]
         if len(parts) > 1:
             parts = [make_experience_batch([item for part in parts for item in split_experience_batch(part)])]
         return gather_experience(self.group, parts[0], share.num_real)
+
+    def _portions(self, rollouts: Sequence[RolloutT]) -> Iterator[Sequence[RolloutT]]:
+        """What is judged at a time."""
+        lengths = torch.tensor([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
+        return (rollouts[rows] for rows in self.portion.slices(lengths, self.group))
 
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         device = device_of(self.actor)
@@ -187,9 +194,8 @@ class EngineExperienceMaker(ExperienceMaker):
         """Scores of a reward model that reads the policy's own token ids."""
         model = self.reward_model
         scores: list[Score] = []
-        size = self.batch_size or len(rollouts)
         with evaluating(model):
-            for start in range(0, len(rollouts), size):
-                batch = collate_rollouts(rollouts[start : start + size], device_of(model))
+            for part in self._portions(rollouts):
+                batch = collate_rollouts(part, device_of(model))
                 scores.extend(Score(float(score)) for score in checked(model(batch.sequences, batch.attention_mask)))
         return scores

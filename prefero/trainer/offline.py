@@ -18,6 +18,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
+from prefero.trainer.split import Portion
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, cosine, update
 from prefero.types import Metrics, PreferenceBatch, TokenBatch
@@ -46,7 +47,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         train_batches: Iterable[BatchT],
         max_epochs: int,
         *,
-        micro_batch_size: int | None,
+        portion: Portion,
         max_norm: float | None,
         dropout: bool,
         scheduler: Schedule,
@@ -54,8 +55,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         eval_sets: dict[str, Iterable[BatchT]],
         eval_interval: int | None,
     ) -> None:
-        for name, number in (("max_epochs", max_epochs), ("micro_batch_size", micro_batch_size),
-                             ("eval_interval", eval_interval)):  # fmt: skip
+        for name, number in (("max_epochs", max_epochs), ("eval_interval", eval_interval)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number} must be 1 or more")
         self.strategy = strategy
@@ -63,7 +63,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         self.learner = learner
         self.train_batches = train_batches
         self.max_epochs = max_epochs
-        self.micro_batch_size = micro_batch_size
+        self.portion = portion
         self.max_norm = max_norm
         self.dropout = dropout
         self.scheduler = self._schedule(scheduler)

@@ -22,8 +22,9 @@ from prefero.strategies.group import Group
 from prefero.trainer.base import Trainer
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
+from prefero.trainer.split import Portion, share_experience, split_experience
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
-from prefero.trainer.update import Learner, share_experience, split_experience, update
+from prefero.trainer.update import Learner, update
 from prefero.types import Experience, Metrics, ScoredRollout
 
 _SEED_NUMBERS = {"kl_coef": 0.1, "eps_clip": 0.2, "value_clip": 0.4}
@@ -34,8 +35,9 @@ class PPOTrainer(Trainer):
 
     The first seventeen arguments are the seed's. train_batch_size: rows of an optimiser step. buffer_limit: rows
     the buffer keeps (0: all). Keyword arguments beyond them: settings replaces kl_coef, eps_clip and value_clip
-    by all numbers of PPO. micro_batch_size: rows forwarded at once (None: all of the step), with no influence on
-    the result. max_norm: gradients longer than that are shortened. schedulers: stepped once a learn phase.
+    by all numbers of PPO. micro_batch_size, micro_batch_tokens: rows and tokens forwarded at once (None: all of the
+    step), with no influence on the result. max_norm: gradients longer than that are shortened.
+    schedulers: stepped once a learn phase.
 
     Without an engine, prompts are token ids (or become them through `tokenizer`), the actor generates with
     generate_kwargs, and reward_model reads token ids. With an `engine` and `sampling`, prompts are `Prompt`s, each
@@ -70,6 +72,7 @@ class PPOTrainer(Trainer):
         *,
         settings: PPOSettings | None = None,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         max_norm: float | None = None,
         schedulers: Sequence[LRScheduler] = (),
         engine: Engine | None = None,
@@ -87,13 +90,14 @@ class PPOTrainer(Trainer):
         settings = settings or PPOSettings(
             kl_coef=kl_coef, clip_low=eps_clip, value_clip=value_clip, temperature=temperature
         )
-        _check(settings, temperature, critic, micro_batch_size)
+        _check(settings, temperature, critic)
+        self.portion = Portion(micro_batch_size, micro_batch_tokens)
         # Passes without gradients since they were prepared may have left their weights gathered.
         (actor, actor_optim), (critic, critic_optim) = strategy.prepare((actor, actor_optim), (critic, critic_optim))
         _freeze(initial_model, reward_model, trained=(actor, critic))
         self.algorithm = PPO(actor, critic, initial_model, settings)
         self.engine = engine
-        maker = self._maker(reward_model, sampling, num_samples, micro_batch_size, strategy.group)
+        maker = self._maker(reward_model, sampling, num_samples, strategy.group)
         super().__init__(
             strategy, maker, NaiveReplayBuffer(train_batch_size, buffer_limit, buffer_cpu_offload),
             experience_batch_size, max_epochs, tokenizer, sample_replay_buffer, dataloader_pin_memory, callbacks,
@@ -104,7 +108,6 @@ class PPOTrainer(Trainer):
             Learner("actor", "actor_loss", actor, actor_optim),
             Learner("critic", "critic_loss", critic, critic_optim),
         )
-        self.micro_batch_size = micro_batch_size
         self.max_norm = max_norm
         self.max_logprob_mismatch = max_logprob_mismatch
         self.schedulers = list(schedulers)
@@ -115,12 +118,11 @@ class PPOTrainer(Trainer):
         reward_model: Any,
         sampling: SamplingParams | None,
         num_samples: int,
-        batch_size: int | None,
         group: Group,
     ) -> ExperienceMaker:
         ppo = self.algorithm
         if self.engine is not None and sampling is not None:
-            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, batch_size, group)
+            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, self.portion, group)
         if isinstance(reward_model, nn.Module):
             return NaiveExperienceMaker(ppo.actor, ppo.critic, reward_model, ppo.reference, algorithm=ppo, group=group)
         raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
@@ -178,7 +180,7 @@ class PPOTrainer(Trainer):
         metrics = update(
             self.strategy,
             self.learners,
-            split_experience(own, self.micro_batch_size),
+            split_experience(own, self.portion, self.strategy.group),
             self.algorithm.count,
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
@@ -254,7 +256,7 @@ def _refuse_searching(generate_kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name}={given} gives PPO nothing to learn from: it needs samples, use {name}={sampled}")
 
 
-def _check(settings: PPOSettings, temperature: float, critic: nn.Module, micro_batch_size: int | None) -> None:
+def _check(settings: PPOSettings, temperature: float, critic: nn.Module) -> None:
     if settings.temperature != temperature:
         raise ValueError(
             f"settings.temperature={settings.temperature} but sampling uses {temperature}: log-probabilities would be "
@@ -263,8 +265,6 @@ def _check(settings: PPOSettings, temperature: float, critic: nn.Module, micro_b
     level = getattr(critic, "level", settings.level)
     if level != settings.level:
         raise ValueError(f"settings.level={settings.level!r} but the critic's is {level!r}: build it with level=...")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size={micro_batch_size} must be 1 or more, or None")
 
 
 def _freeze(*models: Any, trained: Sequence[nn.Module]) -> None:

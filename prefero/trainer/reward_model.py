@@ -16,7 +16,8 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
-from prefero.trainer.update import Learner, share_preferences, split_preferences
+from prefero.trainer.split import Portion, share_preferences, split_preferences
+from prefero.trainer.update import Learner
 from prefero.types import Metrics, PreferenceBatch
 
 _WANTED = (
@@ -32,7 +33,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
     (chosen ids, chosen mask, rejected ids, rejected mask) as `prefero.dataset.RewardDataset` gives them, which are
     shuffled into batches of batch_size. loss_fn: "log_sig", "log_exp" or a function of chosen and rejected scores.
     valid_dataset: looked at every eval_interval steps and after each epoch, as eval_dataset is. The learning rate
-    follows a cosine to 0 unless another schedule is given. dropout: off unless asked for.
+    follows a cosine to 0 unless another schedule is given. micro_batch_size, micro_batch_tokens: comparisons and
+    tokens forwarded at once (None: all), without influence on the result. dropout: off unless asked for.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         centering: float = 0.0,
         valid_dataset: Any = None,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         max_norm: float | None = None,
         dropout: bool = False,
         scheduler: Schedule = "cosine",
@@ -63,7 +66,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         model, optim = strategy.prepare((model, optim))
         super().__init__(
             strategy, RewardModeling(model, loss_fn, centering), Learner("model", "reward/loss", model, optim),
-            _loader(train_dataset, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,
+            _loader(train_dataset, batch_size, strategy.group), max_epochs,
+            portion=Portion(micro_batch_size, micro_batch_tokens),
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -77,7 +81,7 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         return self.run()
 
     def _micro_batches(self, batch: PreferenceBatch) -> Sequence[PreferenceBatch]:
-        return [batch] if self.micro_batch_size is None else split_preferences(batch, self.micro_batch_size)
+        return split_preferences(batch, self.portion, self.strategy.group)
 
     def _typed(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):

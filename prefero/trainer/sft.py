@@ -19,7 +19,8 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
-from prefero.trainer.update import Learner, share_tokens, split_tokens
+from prefero.trainer.split import Portion, share_tokens, split_tokens
+from prefero.trainer.update import Learner
 from prefero.types import Metrics, TokenBatch
 
 
@@ -28,9 +29,9 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
 
     train_dataloader: batches, each one optimiser step, that are `TokenBatch` or dicts with input_ids, attention_mask
     and labels (-100 where nothing is to be learned); or a torch Dataset of such dicts for single rows, which is then
-    shuffled into batches of batch_size. sampler: told the epoch before each one (`set_epoch`). micro_batch_size:
-    rows forwarded at once (None: all), without influence on the result: the loss of a step is the sum over its
-    tokens divided by their number. dropout: off unless asked for.
+    shuffled into batches of batch_size. sampler: told the epoch before each one (`set_epoch`). micro_batch_size,
+    micro_batch_tokens: rows and tokens forwarded at once (None: all), without influence on the result: the loss of a
+    step is the sum over its tokens divided by their number. dropout: off unless asked for.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         max_epochs: int = 2,
         *,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         max_norm: float | None = None,
         dropout: bool = False,
         scheduler: Schedule = "cosine",
@@ -57,7 +59,8 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         model, optim = strategy.prepare((model, optim))
         super().__init__(
             strategy, SFT(model), Learner("actor", "sft/loss", model, optim),
-            _loader(train_dataloader, batch_size, strategy.group), max_epochs, micro_batch_size=micro_batch_size,
+            _loader(train_dataloader, batch_size, strategy.group), max_epochs,
+            portion=Portion(micro_batch_size, micro_batch_tokens),
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -92,7 +95,7 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
             self.sampler.set_epoch(epoch)
 
     def _micro_batches(self, batch: TokenBatch) -> Sequence[TokenBatch]:
-        return split_tokens(batch, self.micro_batch_size)
+        return split_tokens(batch, self.portion, self.strategy.group)
 
     def _typed(self, batch: Any) -> TokenBatch:
         return batch if isinstance(batch, TokenBatch) else token_batch(batch)

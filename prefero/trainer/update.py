@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from prefero.faults import fault
 from prefero.strategies.base import Strategy
-from prefero.strategies.group import Share
-from prefero.types import Experience, Loss, Metrics, PreferenceBatch, TokenBatch
+from prefero.types import Loss, Metrics
 
 BatchT = TypeVar("BatchT")
 
@@ -122,82 +121,6 @@ def _reduced(strategy: Strategy, metrics: Mapping[str, Tensor]) -> Metrics:
         reduced = reduce(torch.stack([metrics[name].double().cpu() for name in names]))
         numbers |= dict(zip(names, reduced.tolist(), strict=True))
     return {name: numbers[name] for name in metrics}
-
-
-def split_rows(num_rows: int, micro_batch_size: int | None) -> list[slice]:
-    """Slices of at most micro_batch_size rows that cover num_rows; one slice when it is None."""
-    size = micro_batch_size or num_rows
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-
-def split_experience(experience: Experience, micro_batch_size: int | None) -> list[Experience]:
-    """Micro-batches of an experience."""
-    return [experience.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
-            for rows in split_rows(len(experience), micro_batch_size)]  # fmt: skip
-
-
-def split_tokens(batch: TokenBatch, micro_batch_size: int | None) -> list[TokenBatch]:
-    """Micro-batches of rows to imitate, each cut to its own longest row."""
-    parts = []
-    for rows in split_rows(len(batch), micro_batch_size):
-        attention_mask = batch.attention_mask[rows]
-        width = max(int(attention_mask.any(dim=0).nonzero()[-1]) + 1, 2) if attention_mask.any() else 2
-        parts.append(
-            TokenBatch(batch.token_ids[rows, :width], attention_mask[:, :width], batch.loss_mask[rows, :width])
-        )
-    return parts
-
-
-def split_preferences(batch: PreferenceBatch, micro_batch_size: int | None) -> list[PreferenceBatch]:
-    """Micro-batches of comparisons, each with just the texts it compares."""
-    parts = []
-    for rows in split_rows(len(batch), micro_batch_size):
-        chosen, rejected = batch.chosen[rows], batch.rejected[rows]
-        texts, places = torch.unique(torch.cat([chosen, rejected]), return_inverse=True)
-        attention_mask = batch.attention_mask[texts]
-        width = int(attention_mask.any(dim=0).nonzero()[-1]) + 1
-        parts.append(
-            PreferenceBatch(
-                token_ids=batch.token_ids[texts, :width],
-                attention_mask=attention_mask[:, :width],
-                chosen=places[: len(chosen)],
-                rejected=places[len(chosen) :],
-                margin=batch.margin[rows],
-                counted=batch.counted[rows],
-            )
-        )
-    return parts
-
-
-def share_experience(experience: Experience, share: Share) -> Experience:
-    """One process's rows of an experience; in rows that only fill up no action counts."""
-    if share.rows == list(range(len(experience))):
-        return experience
-    own = experience.map(lambda tensor: tensor[share.rows])
-    own.action_mask[share.num_real :] = 0
-    return own
-
-
-def share_tokens(batch: TokenBatch, share: Share) -> TokenBatch:
-    """One process's rows to imitate; in rows that only fill up no token counts."""
-    if share.rows == list(range(len(batch))):
-        return batch
-    loss_mask = batch.loss_mask[share.rows]
-    loss_mask[share.num_real :] = 0
-    return TokenBatch(batch.token_ids[share.rows], batch.attention_mask[share.rows], loss_mask)
-
-
-def share_preferences(batch: PreferenceBatch, share: Share) -> PreferenceBatch:
-    """One process's comparisons with the texts they need; those that only fill up do not count."""
-    if share.rows == list(range(len(batch))):
-        return batch
-    counted = batch.counted[share.rows]
-    counted[share.num_real :] = False
-    rows = replace(
-        batch, chosen=batch.chosen[share.rows], rejected=batch.rejected[share.rows], margin=batch.margin[share.rows],
-        counted=counted,
-    )  # fmt: skip
-    return split_preferences(rows, None)[0]
 
 
 def cosine(optimizer: Optimizer, num_steps: int, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:

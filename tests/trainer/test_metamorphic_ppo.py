@@ -71,14 +71,16 @@ def test_the_amount_of_padding_does_not_matter(left: int, right: int) -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])
-def test_any_micro_batch_split_gives_the_same_step(level: str, micro_batch_size: int) -> None:
+@pytest.mark.parametrize("portion", [{"size": 1}, {"size": 2}, {"size": 4}, {"tokens": 1}, {"tokens": 20}])
+def test_any_micro_batch_split_gives_the_same_step(level: str, portion: dict[str, int]) -> None:
     ppo = PPO(actor(0), critic(1, level=level), actor(5), PPOSettings(level=level, kl_coef=0.3, value_clip=0.1))
     batch = ppo.experience(*rows(), scores())
     batch.action_log_probs = batch.action_log_probs + 0.25 * (-1.0) ** torch.arange(batch.num_actions)
     whole, split = clone(ppo), clone(ppo)
     metrics = trainer(whole).training_step(batch)
-    split_metrics = trainer(split, micro_batch_size=micro_batch_size).training_step(batch)
+    split_metrics = trainer(split, **{f"micro_batch_{name}": number for name, number in portion.items()}).training_step(
+        batch
+    )
     for one, other in ((whole.actor, split.actor), (whole.critic, split.critic)):
         assert_same(dict(one.state_dict()), dict(other.state_dict()))
     assert metrics == pytest.approx(split_metrics, rel=1e-6, abs=1e-9)

@@ -75,11 +75,14 @@ def rm(model: Any, data: Any, held_out: Any = None, **changes: Any) -> RewardMod
     return RewardModelTrainer(model, NaiveStrategy("cpu"), optimizer, data, held_out, **changes)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
-def test_sft_does_not_depend_on_micro_batches(micro_batch_size: int) -> None:
+PORTIONS = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 14}]
+
+
+@pytest.mark.parametrize("portion", PORTIONS)
+def test_sft_does_not_depend_on_micro_batches(portion: dict[str, int]) -> None:
     whole, split = actor(), actor()
     metrics = sft(whole, [tokens()]).fit()
-    split_metrics = sft(split, [tokens()], micro_batch_size=micro_batch_size).fit()
+    split_metrics = sft(split, [tokens()], **portion).fit()
     assert_same(dict(whole.state_dict()), dict(split.state_dict()))
     assert metrics["sft/loss"] == pytest.approx(split_metrics["sft/loss"], rel=1e-9)
 
@@ -176,12 +179,12 @@ def test_checkpointed_layers_give_the_same_gradient_without_dropout() -> None:
     assert_same(dict(plain.state_dict()), dict(saved.state_dict()))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("portion", PORTIONS)
 @pytest.mark.parametrize("loss_fn", ["log_sig", "log_exp"])
-def test_the_reward_model_does_not_depend_on_micro_batches(micro_batch_size: int, loss_fn: str) -> None:
+def test_the_reward_model_does_not_depend_on_micro_batches(portion: dict[str, int], loss_fn: str) -> None:
     whole, split = reward_model(), reward_model()
     metrics = rm(whole, [comparisons()], loss_fn=loss_fn).fit()
-    split_metrics = rm(split, [comparisons()], loss_fn=loss_fn, micro_batch_size=micro_batch_size).fit()
+    split_metrics = rm(split, [comparisons()], loss_fn=loss_fn, **portion).fit()
     assert_same(dict(whole.state_dict()), dict(split.state_dict()))
     assert metrics == pytest.approx(split_metrics, rel=1e-6)
 
