@@ -18,7 +18,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
-from prefero.trainer.split import Portion
+from prefero.trainer.split import Passes, Portion
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, cosine, update
 from prefero.types import Metrics, PreferenceBatch, TokenBatch
@@ -89,7 +89,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         return cosine(self.learner.optimizer, len(self.train_batches) * self.max_epochs)
 
     @abstractmethod
-    def _micro_batches(self, batch: BatchT) -> Sequence[BatchT]:
+    def _cut(self, batch: BatchT, portion: Portion) -> Sequence[BatchT]:
         """The batch cut into what is forwarded at once."""
 
     @abstractmethod
@@ -129,10 +129,12 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         learning_mode(self.model, self.dropout)
         whole = self._typed(batch)
         self._check_same(whole)
-        micro_batches = self._micro_batches(self._own(whole))
+        own = self._own(whole)
+        passes = Passes(lambda portion: self._cut(own, portion), self.portion)
         metrics = update(
-            self.strategy, [self.learner], micro_batches, self.algorithm.count, self.algorithm.losses, self.max_norm
+            self.strategy, [self.learner], passes, self.algorithm.count, self.algorithm.losses, self.max_norm
         )
+        self.portion = passes.portion
         metrics["lr"] = self.learner.optimizer.param_groups[0]["lr"]
         if self.scheduler is not None:
             self.scheduler.step()
@@ -217,7 +219,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         total = 0.0
         with evaluating(self.model), self.strategy.autocast():
             for batch in batches:
-                for part in self._micro_batches(self._own(self._typed(batch))):
+                for part in self._cut(self._own(self._typed(batch)), self.portion):
                     count = float(self.algorithm.count(part))
                     total += count
                     # Forwarded even where nothing counts: other processes do the same and may wait for this one.

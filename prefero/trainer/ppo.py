@@ -22,7 +22,7 @@ from prefero.strategies.group import Group
 from prefero.trainer.base import Trainer
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
-from prefero.trainer.split import Portion, share_experience, split_experience
+from prefero.trainer.split import Passes, Portion, share_experience, split_experience
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, update
 from prefero.types import Experience, Metrics, ScoredRollout
@@ -177,14 +177,16 @@ class PPOTrainer(Trainer):
         """
         whitening = self._whitening or self.algorithm.whitening([experience])
         own = share_experience(experience, self.strategy.group.share(len(experience)))
+        passes = Passes(lambda portion: split_experience(own, portion, self.strategy.group), self.portion)
         metrics = update(
             self.strategy,
             self.learners,
-            split_experience(own, self.portion, self.strategy.group),
+            passes,
             self.algorithm.count,
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
         )
+        self.portion = passes.portion
         if self._whitening is not None and (self.cursor.epoch, self.cursor.batch) == (0, 1):
             metrics["rollout/logprob_mismatch"] = self._checked(metrics[CHANGE])
         return metrics

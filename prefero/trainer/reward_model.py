@@ -80,8 +80,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         require_lora(self.model, use_lora)
         return self.run()
 
-    def _micro_batches(self, batch: PreferenceBatch) -> Sequence[PreferenceBatch]:
-        return split_preferences(batch, self.portion, self.strategy.group)
+    def _cut(self, batch: PreferenceBatch, portion: Portion) -> Sequence[PreferenceBatch]:
+        return split_preferences(batch, portion, self.strategy.group)
 
     def _typed(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):

@@ -94,8 +94,8 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def _micro_batches(self, batch: TokenBatch) -> Sequence[TokenBatch]:
-        return split_tokens(batch, self.portion, self.strategy.group)
+    def _cut(self, batch: TokenBatch, portion: Portion) -> Sequence[TokenBatch]:
+        return split_tokens(batch, portion, self.strategy.group)
 
     def _typed(self, batch: Any) -> TokenBatch:
         return batch if isinstance(batch, TokenBatch) else token_batch(batch)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefero.strategies.group import ALONE, Group, Share
 from prefero.types import Experience, PreferenceBatch, TokenBatch
+
+BatchT = TypeVar("BatchT", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,23 @@ class Portion:
 
 
 WHOLE = Portion()
+
+
+class Passes(Generic[BatchT]):
+    """A batch cut into parts, one forward pass each; where memory does not suffice, into smaller ones."""
+
+    def __init__(self, cut: Callable[[Portion], Sequence[BatchT]], portion: Portion = WHOLE) -> None:
+        self.cut, self.portion = cut, portion
+        self.parts = cut(portion)
+
+    def halve(self) -> bool:
+        """Parts of half the rows from here on; false where they cannot be smaller."""
+        smaller = replace(self.portion, rows=(max(map(len, self.parts)) + 1) // 2)
+        parts = self.cut(smaller)
+        if len(parts) <= len(self.parts):
+            return False
+        self.parts, self.portion = parts, smaller
+        return True
 
 
 def split_experience(experience: Experience, portion: Portion = WHOLE, group: Group = ALONE) -> list[Experience]:

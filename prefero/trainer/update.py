@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from torch.optim import Optimizer
 
 from prefero.faults import fault
 from prefero.strategies.base import Strategy
+from prefero.trainer.split import BatchT, Passes
 from prefero.types import Loss, Metrics
 
-BatchT = TypeVar("BatchT")
+_NO_ROOM = (
+    "there is not enough memory to train the {} on one row: use shorter texts, gradient checkpointing "
+    "(model.gradient_checkpointing), LoRA (model.lora_rank), or share the models out (strategy.kind fsdp)"
+)
 
 
 @dataclass
@@ -67,25 +71,52 @@ class Learner:
 def update(
     strategy: Strategy,
     learners: Sequence[Learner],
-    micro_batches: Sequence[BatchT],
+    passes: Passes[BatchT],
     count: Callable[[BatchT], Tensor],
     losses: Callable[[BatchT, float], Iterator[Loss]],
     max_norm: float | None = None,
 ) -> Metrics:
-    """Steps every learner once on the union of the micro-batches and returns the metrics of the whole.
+    """Steps every learner once on the whole batch, a forward pass a part, and returns the metrics of the whole.
 
     Learners go one after the other: all micro-batches of the first are forwarded, backwarded and stepped before the
     second one's graphs exist. Where a loss or a gradient is not finite, in any process, all processes skip the step
-    (`{role}/skipped_max` is 1). Raises ValueError when nothing counts, or too many steps in a row were skipped.
+    (`{role}/skipped_max` is 1). A process that is alone and runs out of memory begins the learner's step again with
+    parts of half the size, which changes nothing but that. Raises ValueError when nothing counts, when too many steps
+    in a row were skipped, or when there is no memory for one row.
     """
-    total = float(strategy.sum(torch.stack([count(batch) for batch in micro_batches]).sum()))
+    total = float(strategy.sum(torch.stack([count(batch) for batch in passes.parts]).sum()))
     if total <= 0:
         raise ValueError(
             "there is nothing to learn from in this batch: every token is masked out (check the loss mask)"
         )
-    streams = [losses(batch, total) for batch in micro_batches]
+    streams = [losses(batch, total) for batch in passes.parts]
     metrics: dict[str, Tensor] = {}
-    for learner in learners:
+    for place, learner in enumerate(learners):
+        while (found := _backward(strategy, learner, streams, alone=strategy.group.world_size == 1)) is None:
+            learner.optimizer.zero_grad()
+            if not passes.halve():
+                raise ValueError(_NO_ROOM.format(learner.role))
+            warnings.warn(
+                f"memory does not suffice: {passes.portion.rows} rows a forward pass from here on", stacklevel=3
+            )
+            streams = [losses(batch, total) for batch in passes.parts]
+            for stream in streams:
+                _pass_over(strategy, stream, place)
+        metrics |= found
+        fault("step")
+        norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
+        metrics[f"{learner.role}/gradient_norm_max"] = torch.tensor(norm)
+        metrics[f"{learner.role}/skipped_max"] = torch.tensor(float(not math.isfinite(norm)))
+        learner.stepped(norm, strategy)
+    return _reduced(strategy, metrics)
+
+
+def _backward(
+    strategy: Strategy, learner: Learner, streams: Sequence[Iterator[Loss]], *, alone: bool
+) -> dict[str, Tensor] | None:
+    """The gradients of one learner, and its metrics; None where memory did not suffice."""
+    metrics: dict[str, Tensor] = {}
+    try:
         for stream in streams:
             with strategy.micro_batch(learner.model, last=stream is streams[-1]):
                 with strategy.autocast():
@@ -96,12 +127,24 @@ def update(
                 fault("backward")
                 strategy.backward(value, learner.model, learner.optimizer)
             _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
-        fault("step")
-        norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
-        metrics[f"{learner.role}/gradient_norm_max"] = torch.tensor(norm)
-        metrics[f"{learner.role}/skipped_max"] = torch.tensor(float(not math.isfinite(norm)))
-        learner.stepped(norm, strategy)
-    return _reduced(strategy, metrics)
+    except RuntimeError as error:
+        if not alone or not out_of_memory(error):
+            raise
+        return None
+    return metrics
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that an allocation failed, on a GPU or in main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@torch.no_grad()
+def _pass_over(strategy: Strategy, stream: Iterator[Loss], count: int) -> None:
+    """The losses of learners that have stepped already: a stream gives them first."""
+    for _ in range(count):
+        with strategy.autocast():
+            next(stream)
 
 
 def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prefero.optimizer import HybridAdam
 from prefero.strategies import NaiveStrategy
 from prefero.strategies.scaling import LossScale
+from prefero.trainer.split import Passes
 from prefero.trainer.update import Learner, update
 from prefero.types import Loss, Metrics
 
@@ -30,8 +31,9 @@ class Rig:
 
     def step(self, *micro_batches: Tensor) -> Metrics:
         return update(
-            self.strategy, [self.learner], micro_batches, lambda batch: torch.tensor(float(len(batch))), self.losses
-        )
+            self.strategy, [self.learner], Passes(lambda portion: micro_batches),
+            lambda batch: torch.tensor(float(len(batch))), self.losses,
+        )  # fmt: skip
 
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()]).clone()
