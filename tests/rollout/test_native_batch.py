@@ -24,7 +24,7 @@ from prefero.rollout.native.engine import Bounds, NativeEngine, UnpackableError
 from prefero.rollout.rows import rows_of
 from prefero.types import Prompt
 from tests.rollout.test_engines import peaked, prompts, same
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import bloom_config, gpt2_config, opt_config, tiny_llama, tiny_tokenizer
 
 SIZES = {
     "vocab_size": 32,
@@ -43,6 +43,9 @@ FAMILIES = {
     "gemma": lambda: GemmaConfig(**SIZES),
     "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=4, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=4, query_pre_attn_scalar=8),
+    "gpt2": gpt2_config,
+    "opt": opt_config,
+    "bloom": bloom_config,
 }
 
 
@@ -111,6 +114,28 @@ def test_prompts_that_begin_alike_read_the_beginning_once():
     engine = native(model, slots=8, make=Counted)
     same(engine.generate(asked, params), HFEngine(model, tiny_tokenizer(), 8, ()).generate(asked, params))
     assert engine.given == [22, 5 * 2, 6, 6, 6]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("piece", [5, 4096])
+def test_what_is_shared_is_what_would_have_been_read(monkeypatch, family, piece):
+    """Samples of one prompt, prompts that begin alike, slots that are used again, pieces: all at once."""
+    torch.manual_seed(3)
+    monkeypatch.setattr("prefero.rollout.native.batch._PIECE", piece)
+    actor = Actor(peaked(AutoModelForCausalLM.from_config(FAMILIES[family]())), lora_rank=2)
+    start = tuple(range(4, 18))
+    asked = [
+        Prompt(f"p{i}", (*start[: 14 - i % 3], *range(5 + i, 9 + 2 * i)), "x")
+        for i in range(5)
+        for _ in range(1 + i % 3)
+    ]
+    done = native(actor, slots=3, eos=(0, 1, 2, 3)).generate(asked, SamplingParams(9, temperature=1.1, seed=5))
+    assert len({len(completion.token_ids) for completion in done}) > 1
+    for prompt, completion in zip(asked, done, strict=True):
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        with torch.no_grad():
+            expected = actor(ids, len(completion.token_ids), temperature=1.1)[0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs).float(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2"])
