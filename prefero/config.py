@@ -145,10 +145,10 @@ class SFTConfig:
     max_rows: int = Field(default=0, ge=0, description="Use only this many rows; 0: all.")
     batch_size: int = Field(default=32, ge=1, description="Rows an optimizer step.")
     micro_batch_size: int = Field(
-        default=0, ge=0, description="Rows a forward pass; 0: the whole batch. Changes memory, not results."
+        default=0, ge=0, description="Rows a forward pass; 0: any number. Changes memory, not results."
     )
     micro_batch_tokens: int = Field(
-        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+        default=16384, ge=0, description="Tokens a forward pass, each text as long as its longest; 0: any number."
     )
     learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -178,9 +178,9 @@ class RewardConfig:
     epochs: int = Field(default=1, ge=1, description="Passes over the comparisons when `steps` is 0.")
     max_rows: int = Field(default=0, ge=0, description="Use only this many comparisons; 0: all.")
     batch_size: int = Field(default=32, ge=1, description="Comparisons an optimizer step.")
-    micro_batch_size: int = Field(default=0, ge=0, description="Comparisons a forward pass; 0: the whole batch.")
+    micro_batch_size: int = Field(default=0, ge=0, description="Comparisons a forward pass; 0: any number.")
     micro_batch_tokens: int = Field(
-        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+        default=16384, ge=0, description="Tokens a forward pass, each text as long as its longest; 0: any number."
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -228,9 +228,9 @@ class PPOConfig:
     prompts_per_step: int = Field(default=64, ge=1, description="Prompts drawn an iteration.")
     num_samples: int = Field(default=1, ge=1, description="Completions of each prompt.")
     train_batch_size: int = Field(default=64, ge=1, description="Completions an optimizer step.")
-    micro_batch_size: int = Field(default=0, ge=0, description="Completions a forward pass; 0: the whole batch.")
+    micro_batch_size: int = Field(default=0, ge=0, description="Completions a forward pass; 0: any number.")
     micro_batch_tokens: int = Field(
-        default=16384, ge=0, description="Tokens a forward pass (a longer row goes alone); 0: no limit."
+        default=16384, ge=0, description="Tokens a forward pass, each text as long as its longest; 0: any number."
     )
     max_epochs: int = Field(default=1, ge=1, description="Passes over the iteration's experience.")
     level: Literal["token", "sequence"] = Field(

@@ -56,6 +56,7 @@ BUGS = [
     ("lost checkpoints are begun over in silence", "strategies/checkpoint.py", "if not folders and (self.folder / POINTER).exists():", "if False:", "tests/strategies/test_checkpoint_files.py"),
     ("a resumed run reads its data from the start", "recipes/session.py", 'self.loader.load_state_dict(state["loader"])', "pass", "tests/recipes/test_resume.py"),
     ("a loss that is not finite goes into the weights", "trainer/update.py", "else loss.value * math.nan", "else loss.value", "tests/trainer/test_not_finite.py"),
+    ("gradients of what memory did not suffice for are counted", "trainer/update.py", "            learner.optimizer.zero_grad()\n", "", "tests/trainer/test_out_of_memory.py"),
     ("what was drawn differs between processes", "strategies/fsdp.py", "self._start_alike(model.fill(part))", "model.fill(part)", f"{DISTRIBUTED}::test_models_built_without_weights_are_filled_in_part_by_part[zero2-2]"),
     ("adapters that are switched off count as frozen", "models/lora.py", "parameter.requires_grad_(requires_grad)", "pass", f"{DISTRIBUTED}::test_training_is_that_of_one_process[zero3-2]"),
     ("weights that drift apart go unnoticed", "strategies/ddp.py", "if len(set(everyone)) > 1:", "if False:", f"{DISTRIBUTED}::test_weights_that_drift_apart_are_noticed[ddp-2]"),

@@ -11,7 +11,7 @@ from transformers import BloomModel, PreTrainedModel
 
 from prefero.models import alibi
 from prefero.models.packing import NAME, Attending, Packing, Texts
-from prefero.models.trunk import check_length, evaluating, is_bidirectional, padded_hidden_states
+from prefero.models.trunk import check_length, evaluating, is_bidirectional, out_of_memory, padded_hidden_states
 
 _KEPT = "_prefero_kept"  # of a trunk: what `kept_per_token` has found out
 _FAR, _FAR_IN_HALF = 1e-4, 1e-2  # how far hidden states may be apart, relative to all of them
@@ -114,19 +114,20 @@ def _tried(trunk: Any) -> int:
     before = config._attn_implementation
     with evaluating(trunk):
         theirs = padded_hidden_states(trunk, ids, mask)
-        if not bloom:
-            config._attn_implementation = NAME
+        alike = False
         try:
+            if not bloom:
+                config._attn_implementation = NAME
             packing = Packing.of(mask, causal=not is_bidirectional(config))
             counted = _Counted(packing)
             ours = run(trunk, ids.flatten()[packing.source], packing.positions, counted).float()
             theirs = theirs.flatten(0, 1)[packing.source].float()
             far = _FAR_IN_HALF if counted.dtype.itemsize < 4 else _FAR
-            alike = bool((ours - theirs).norm() <= far * theirs.norm())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # noqa: BLE001 whatever a forward does with what it does not know
-            alike = False
-    if not alike:
-        config._attn_implementation = before
+            alike = bool(((ours - theirs).norm(dim=1) <= far * theirs.norm(dim=1)).all())
+        except Exception as error:  # whatever a forward does with what it does not know
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+        finally:
+            if not alike:
+                config._attn_implementation = before
     return counted.numbers if alike else 0

@@ -236,3 +236,9 @@ def score_hidden(head: nn.Module, hidden: Tensor) -> Tensor:
         scores: Tensor = head(hidden.to(parameter.dtype).contiguous())
     scores = scores.squeeze(-1).clone()  # no view: what watches a module's output would be lost with one
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that an allocation failed, on an accelerator or in main memory."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(words in str(error) for words in said)

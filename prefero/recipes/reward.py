@@ -27,6 +27,7 @@ from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Sources, Split, spread
 from prefero.trainer import RewardModelTrainer
+from prefero.trainer.split import NO_LIMIT, MicroBatchLimit
 from prefero.types import Metrics, PreferenceBatch
 
 
@@ -72,7 +73,7 @@ def train_reward(session: Session, policy: str) -> Metrics:
     metrics = trainer.fit()
     keeper.checkpoints.wait()
     session.export(model, session.run.model, tokenizer)
-    statistics = score_statistics(model, heldout)
+    statistics = score_statistics(model, heldout, trainer.limit)
     if session.strategy.is_rank_0:
         write_statistics(session.run.model, *statistics)
     session.strategy.group.wait()
@@ -81,15 +82,23 @@ def train_reward(session: Session, policy: str) -> Metrics:
 
 
 @torch.no_grad()
-def score_statistics(model: RewardModel, batches: Iterable[PreferenceBatch]) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of all texts compared.
+def score_statistics(
+    model: RewardModel, batches: Iterable[PreferenceBatch], limit: MicroBatchLimit = NO_LIMIT
+) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of all texts compared; limit: what is forwarded at once.
 
     Comparisons leave a reward's zero and unit open. With these two, a KL coefficient means the same for any reward
     model (Ziegler et al., arXiv:1909.08593, normalise for the same reason).
     """
     device = device_of(model)
     with evaluating(model):
-        scores = torch.cat([model(batch.token_ids.to(device), batch.attention_mask.to(device)) for batch in batches])
+        scores = torch.cat(
+            [
+                model(batch.token_ids[rows].to(device), batch.attention_mask[rows].to(device))
+                for batch in batches
+                for rows in limit.slices(batch.attention_mask.sum(dim=1))
+            ]
+        )
     return float(scores.mean()), float(scores.std())
 
 

@@ -101,6 +101,12 @@ class Strategy(ABC):
         """Inside, every process holds all parameters, and may forward as often as it likes without the others."""
         yield
 
+    can_repeat = False
+    """Whether forward and backward of a micro-batch that failed may be begun again."""
+
+    def settle(self, model: nn.Module) -> None:  # noqa: B027 most strategies leave a model as it is
+        """Makes a model's parameters those its optimizer knows, whatever passes without gradients left behind."""
+
     def verify(self, model: nn.Module) -> None:  # noqa: B027 most strategies have one copy only
         """Raises BrokenRunError when processes that should hold the same weights do not."""
 

@@ -80,10 +80,7 @@ class FSDPStrategy(DDPStrategy):
 
     def setup_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, FSDPModule):
-            # Passes without gradients leave it gathered at stages 1 and 2, its parameters not those of its optimizer.
-            for part in model.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
+            self.settle(model)
             return model
         # The optimizer that may come with the model holds the parameters of today; it is told of tomorrow's by name.
         self._names.update({id(parameter): name for name, parameter in model.named_parameters()})
@@ -100,6 +97,12 @@ class FSDPStrategy(DDPStrategy):
         for name in getattr(model, "forward_methods", ()):
             register_fsdp_forward_method(model, name)
         return model
+
+    def settle(self, model: nn.Module) -> None:
+        """Shares out again what passes without gradients leave gathered at stages 1 and 2."""
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def _fill(self, model: nn.Module, part: nn.Module) -> None:
         """The weights of a part that was built without them: whole for as long as it takes to share them out."""

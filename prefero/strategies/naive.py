@@ -21,6 +21,8 @@ class NaiveStrategy(Strategy):
     or a device this machine does not have.
     """
 
+    can_repeat = True
+
     def __init__(
         self,
         device: torch.device | str | None = None,

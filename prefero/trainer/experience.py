@@ -24,7 +24,7 @@ from prefero.rollout.engine import Engine, SamplingParams
 from prefero.strategies.group import ALONE, Group
 from prefero.trainer.collate import collate_rollouts
 from prefero.trainer.gather import gather_experience
-from prefero.trainer.split import WHOLE, Portion
+from prefero.trainer.split import NO_LIMIT, MicroBatchLimit
 from prefero.types import Experience, Prompt, Rollout, Score, ScoredRollout
 
 RolloutT = TypeVar("RolloutT", bound=Rollout)
@@ -134,7 +134,7 @@ class EngineExperienceMaker(ExperienceMaker):
     """Generates with an engine and scores with any reward.
 
     reward_model: a `Reward` over rollouts, or a reward model that reads the policy's own token ids. num_samples:
-    completions a prompt. portion: what is judged at a time. After `make_experience`,
+    completions a prompt. limit: what is judged at a time. After `make_experience`,
     `last_rollouts` holds what happened, in the order of the experience's rows.
     """
 
@@ -145,7 +145,7 @@ class EngineExperienceMaker(ExperienceMaker):
         reward_model: Reward | nn.Module,
         sampling: SamplingParams,
         num_samples: int = 1,
-        portion: Portion = WHOLE,
+        limit: MicroBatchLimit = NO_LIMIT,
         group: Group = ALONE,
     ) -> None:
         super().__init__(algorithm.actor, algorithm.critic, reward_model, algorithm.reference, algorithm.kl_coef, group)
@@ -153,7 +153,7 @@ class EngineExperienceMaker(ExperienceMaker):
         self.engine = engine
         self.sampling = sampling
         self.num_samples = num_samples
-        self.portion = portion
+        self.limit = limit
         self.step = 0
         self.last_rollouts: list[ScoredRollout] = []
 
@@ -172,15 +172,15 @@ class EngineExperienceMaker(ExperienceMaker):
         fault("judge")
         share = self.group.share(len(self.last_rollouts))
         rollouts = [self.last_rollouts[row] for row in share.rows]
-        parts = [self._judge(part) for part in self._portions(rollouts)]
+        parts = [self._judge(part) for part in self._micro_batches(rollouts)]
         if len(parts) > 1:
             parts = [make_experience_batch([item for part in parts for item in split_experience_batch(part)])]
         return gather_experience(self.group, parts[0], share.num_real)
 
-    def _portions(self, rollouts: Sequence[RolloutT]) -> Iterator[Sequence[RolloutT]]:
+    def _micro_batches(self, rollouts: Sequence[RolloutT]) -> Iterator[Sequence[RolloutT]]:
         """What is judged at a time."""
         lengths = torch.tensor([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
-        return (rollouts[rows] for rows in self.portion.slices(lengths, self.group))
+        return (rollouts[rows] for rows in self.limit.slices(lengths, group=self.group))
 
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         device = device_of(self.actor)
@@ -195,7 +195,7 @@ class EngineExperienceMaker(ExperienceMaker):
         model = self.reward_model
         scores: list[Score] = []
         with evaluating(model):
-            for part in self._portions(rollouts):
+            for part in self._micro_batches(rollouts):
                 batch = collate_rollouts(part, device_of(model))
                 scores.extend(Score(float(score)) for score in checked(model(batch.sequences, batch.attention_mask)))
         return scores

@@ -18,7 +18,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.progress import Progress
-from prefero.trainer.split import Passes, Portion
+from prefero.trainer.split import MicroBatches, MicroBatchLimit
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, cosine, update
 from prefero.types import Metrics, PreferenceBatch, TokenBatch
@@ -47,7 +47,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         train_batches: Iterable[BatchT],
         max_epochs: int,
         *,
-        portion: Portion,
+        limit: MicroBatchLimit,
         max_norm: float | None,
         dropout: bool,
         scheduler: Schedule,
@@ -63,7 +63,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         self.learner = learner
         self.train_batches = train_batches
         self.max_epochs = max_epochs
-        self.portion = portion
+        self.limit = limit
         self.max_norm = max_norm
         self.dropout = dropout
         self.scheduler = self._schedule(scheduler)
@@ -89,7 +89,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         return cosine(self.learner.optimizer, len(self.train_batches) * self.max_epochs)
 
     @abstractmethod
-    def _cut(self, batch: BatchT, portion: Portion) -> Sequence[BatchT]:
+    def _cut(self, batch: BatchT, limit: MicroBatchLimit) -> Sequence[BatchT]:
         """The batch cut into what is forwarded at once."""
 
     @abstractmethod
@@ -130,11 +130,11 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         whole = self._typed(batch)
         self._check_same(whole)
         own = self._own(whole)
-        passes = Passes(lambda portion: self._cut(own, portion), self.portion)
+        micro_batches = MicroBatches(lambda limit: self._cut(own, limit), self.limit)
         metrics = update(
-            self.strategy, [self.learner], passes, self.algorithm.count, self.algorithm.losses, self.max_norm
+            self.strategy, [self.learner], micro_batches, self.algorithm.count, self.algorithm.losses, self.max_norm
         )
-        self.portion = passes.portion
+        self.limit = micro_batches.limit
         metrics["lr"] = self.learner.optimizer.param_groups[0]["lr"]
         if self.scheduler is not None:
             self.scheduler.step()
@@ -174,6 +174,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
             "metrics": self.last_metrics,
             "evaluation": self.last_evaluation,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "limit": vars(self.limit).copy(),
             "batches": self.train_batches.state_dict() if isinstance(self.train_batches, Resumable) else None,
         }
         keep_strategy(snapshot, self.strategy)
@@ -188,6 +189,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         values = saved.values["offline"]
         self.num_steps, self.epoch = values["num_steps"], values["epoch"]
         self.last_metrics, self.last_evaluation = values["metrics"], values["evaluation"]
+        self.limit = MicroBatchLimit(**values["limit"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(values["scheduler"])
         self.train_batches.load_state_dict(values["batches"])
@@ -219,7 +221,7 @@ class OfflineTrainer(ABC, Generic[BatchT]):
         total = 0.0
         with evaluating(self.model), self.strategy.autocast():
             for batch in batches:
-                for part in self._cut(self._own(self._typed(batch)), self.portion):
+                for part in self._cut(self._own(self._typed(batch)), self.limit):
                     count = float(self.algorithm.count(part))
                     total += count
                     # Forwarded even where nothing counts: other processes do the same and may wait for this one.

@@ -22,7 +22,7 @@ from prefero.strategies.group import Group
 from prefero.trainer.base import Trainer
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import EngineExperienceMaker, ExperienceMaker, NaiveExperienceMaker
-from prefero.trainer.split import Passes, Portion, share_experience, split_experience
+from prefero.trainer.split import MicroBatches, MicroBatchLimit, share_experience, split_experience
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, update
 from prefero.types import Experience, Metrics, ScoredRollout
@@ -91,9 +91,9 @@ class PPOTrainer(Trainer):
             kl_coef=kl_coef, clip_low=eps_clip, value_clip=value_clip, temperature=temperature
         )
         _check(settings, temperature, critic)
-        self.portion = Portion(micro_batch_size, micro_batch_tokens)
-        # Passes without gradients since they were prepared may have left their weights gathered.
-        (actor, actor_optim), (critic, critic_optim) = strategy.prepare((actor, actor_optim), (critic, critic_optim))
+        self.limit = MicroBatchLimit(micro_batch_size, micro_batch_tokens)
+        for model in (actor, critic):
+            strategy.settle(model)
         _freeze(initial_model, reward_model, trained=(actor, critic))
         self.algorithm = PPO(actor, critic, initial_model, settings)
         self.engine = engine
@@ -122,7 +122,7 @@ class PPOTrainer(Trainer):
     ) -> ExperienceMaker:
         ppo = self.algorithm
         if self.engine is not None and sampling is not None:
-            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, self.portion, group)
+            return EngineExperienceMaker(ppo, self.engine, reward_model, sampling, num_samples, self.limit, group)
         if isinstance(reward_model, nn.Module):
             return NaiveExperienceMaker(ppo.actor, ppo.critic, reward_model, ppo.reference, algorithm=ppo, group=group)
         raise ValueError("a reward over texts needs rollouts: give engine=... and sampling=..., or a reward model")
@@ -150,6 +150,7 @@ class PPOTrainer(Trainer):
         maker = self.experience_maker
         snapshot.values["ppo"] = {
             "kl_coef": self.algorithm.kl_coef,
+            "limit": vars(self.limit).copy(),
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "collected": maker.step if isinstance(maker, EngineExperienceMaker) else 0,
         }
@@ -162,6 +163,7 @@ class PPOTrainer(Trainer):
             restore_learner(saved, learner)
         values = saved.values["ppo"]
         self.algorithm.restore_kl(values["kl_coef"])
+        self._remember(MicroBatchLimit(**values["limit"]))
         for scheduler, state in zip(self.schedulers, values["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         if isinstance(self.experience_maker, EngineExperienceMaker):
@@ -177,19 +179,25 @@ class PPOTrainer(Trainer):
         """
         whitening = self._whitening or self.algorithm.whitening([experience])
         own = share_experience(experience, self.strategy.group.share(len(experience)))
-        passes = Passes(lambda portion: split_experience(own, portion, self.strategy.group), self.portion)
+        micro_batches = MicroBatches(lambda limit: split_experience(own, limit, self.strategy.group), self.limit)
         metrics = update(
             self.strategy,
             self.learners,
-            passes,
+            micro_batches,
             self.algorithm.count,
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
         )
-        self.portion = passes.portion
+        self._remember(micro_batches.limit)
         if self._whitening is not None and (self.cursor.epoch, self.cursor.batch) == (0, 1):
             metrics["rollout/logprob_mismatch"] = self._checked(metrics[CHANGE])
         return metrics
+
+    def _remember(self, limit: MicroBatchLimit) -> None:
+        """What one forward pass may be given from here on."""
+        self.limit = limit
+        if isinstance(self.experience_maker, EngineExperienceMaker):
+            self.experience_maker.limit = limit
 
     def _checked(self, mismatch: float) -> float:
         if not mismatch <= self.max_logprob_mismatch:  # or not a number

@@ -16,7 +16,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
-from prefero.trainer.split import Portion, share_preferences, split_preferences
+from prefero.trainer.split import MicroBatchLimit, share_preferences, split_preferences
 from prefero.trainer.update import Learner
 from prefero.types import Metrics, PreferenceBatch
 
@@ -67,7 +67,7 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         super().__init__(
             strategy, RewardModeling(model, loss_fn, centering), Learner("model", "reward/loss", model, optim),
             _loader(train_dataset, batch_size, strategy.group), max_epochs,
-            portion=Portion(micro_batch_size, micro_batch_tokens),
+            limit=MicroBatchLimit(micro_batch_size, micro_batch_tokens),
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -80,8 +80,8 @@ class RewardModelTrainer(OfflineTrainer[PreferenceBatch]):
         require_lora(self.model, use_lora)
         return self.run()
 
-    def _cut(self, batch: PreferenceBatch, portion: Portion) -> Sequence[PreferenceBatch]:
-        return split_preferences(batch, portion, self.strategy.group)
+    def _cut(self, batch: PreferenceBatch, limit: MicroBatchLimit) -> Sequence[PreferenceBatch]:
+        return split_preferences(batch, limit, self.strategy.group)
 
     def _typed(self, batch: Any) -> PreferenceBatch:
         if not isinstance(batch, PreferenceBatch):

@@ -19,7 +19,7 @@ from prefero.strategies.base import Strategy
 from prefero.strategies.group import Group, Share
 from prefero.tracking.base import Tracker
 from prefero.trainer.offline import OfflineTrainer, Schedule, require_lora, row_loader
-from prefero.trainer.split import Portion, share_tokens, split_tokens
+from prefero.trainer.split import MicroBatchLimit, share_tokens, split_tokens
 from prefero.trainer.update import Learner
 from prefero.types import Metrics, TokenBatch
 
@@ -60,7 +60,7 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         super().__init__(
             strategy, SFT(model), Learner("actor", "sft/loss", model, optim),
             _loader(train_dataloader, batch_size, strategy.group), max_epochs,
-            portion=Portion(micro_batch_size, micro_batch_tokens),
+            limit=MicroBatchLimit(micro_batch_size, micro_batch_tokens),
             max_norm=max_norm, dropout=dropout, scheduler=scheduler, tracker=tracker, eval_sets=eval_sets,
             eval_interval=eval_interval,
         )  # fmt: skip
@@ -94,8 +94,8 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
         if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def _cut(self, batch: TokenBatch, portion: Portion) -> Sequence[TokenBatch]:
-        return split_tokens(batch, portion, self.strategy.group)
+    def _cut(self, batch: TokenBatch, limit: MicroBatchLimit) -> Sequence[TokenBatch]:
+        return split_tokens(batch, limit, self.strategy.group)
 
     def _typed(self, batch: Any) -> TokenBatch:
         return batch if isinstance(batch, TokenBatch) else token_batch(batch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +12,24 @@ from torch import Tensor
 from prefero.strategies.group import ALONE, Group, Share
 from prefero.types import Experience, PreferenceBatch, TokenBatch
 
-BatchT = TypeVar("BatchT", bound=Sized)
+
+class Batch(Protocol):
+    """What can be cut: rows, and the texts they are about."""
+
+    @property
+    def attention_mask(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 @dataclass(frozen=True)
-class Portion:
-    """How much one forward pass is given: so many rows and so many tokens at most (None: no limit).
+class MicroBatchLimit:
+    """The most that one forward pass is given: rows, and tokens with every text as long as the longest (None: any).
 
-    A row alone may have more tokens. Raises ValueError for a limit below 1.
+    What a row alone has may be more. Raises ValueError for a limit below 1.
     """
 
     rows: int | None = None
@@ -31,59 +40,69 @@ class Portion:
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} must be 1 or more, or None")
 
-    def slices(self, lengths: Tensor, group: Group = ALONE) -> list[slice]:
-        """Slices that cover all rows, given the tokens of each; as many of them in every process of the group."""
-        ends: list[int] = []
-        tokens = 0
+    def slices(self, lengths: Tensor, texts: Tensor | None = None, group: Group = ALONE) -> list[slice]:
+        """Slices that cover all rows, as many of them in every process of the group.
+
+        lengths: the tokens of each text. texts: [rows, n], the numbers of those a row is about; None: row i is text i.
+        """
         sizes = lengths.tolist()
-        for row, length in enumerate(sizes):
-            begun = row - (ends[-1] if ends else 0)
-            if begun and (begun == self.rows or (self.tokens is not None and tokens + length > self.tokens)):
-                ends.append(row)
-                tokens = 0
-            tokens += length
-        found = [slice(*pair) for pair in pairwise([0, *ends, len(sizes)])]
+        needed = [[row] for row in range(len(sizes))] if texts is None else texts.tolist()
+        found: list[slice] = []
+        begin, known, longest = 0, set[int](), 0
+        for row, own in enumerate(needed):
+            wider = max(longest, *(sizes[text] for text in own))
+            too_many = self.rows is not None and row - begin >= self.rows
+            too_much = self.tokens is not None and len(known.union(own)) * wider > self.tokens
+            if row > begin and (too_many or too_much):
+                found.append(slice(begin, row))
+                begin, known, wider = row, set(), max(sizes[text] for text in own)
+            known.update(own)
+            longest = wider
+        found.append(slice(begin, len(needed)))
         if self.tokens is not None and group.world_size > 1:
-            # Where weights are shared out, every process must forward equally often.
-            most = int(group.max(torch.tensor([float(len(found))], dtype=torch.float64))[0])
+            # Where weights are shared out, every process must forward equally often; all have as many rows.
+            most = max(group.counts(len(found)))
             while len(found) < most:
-                place, longest = max(enumerate(found), key=lambda item: item[1].stop - item[1].start)
-                middle = (longest.start + longest.stop + 1) // 2
-                found[place : place + 1] = [slice(longest.start, middle), slice(middle, longest.stop)]
+                place, largest = max(enumerate(found), key=lambda item: item[1].stop - item[1].start)
+                middle = (largest.start + largest.stop + 1) // 2
+                found[place : place + 1] = [slice(largest.start, middle), slice(middle, largest.stop)]
         return found
 
 
-WHOLE = Portion()
+NO_LIMIT = MicroBatchLimit()
 
 
-class Passes(Generic[BatchT]):
+class MicroBatches(Generic[BatchT]):
     """A batch cut into parts, one forward pass each; where memory does not suffice, into smaller ones."""
 
-    def __init__(self, cut: Callable[[Portion], Sequence[BatchT]], portion: Portion = WHOLE) -> None:
-        self.cut, self.portion = cut, portion
-        self.parts = cut(portion)
+    def __init__(self, cut: Callable[[MicroBatchLimit], Sequence[BatchT]], limit: MicroBatchLimit = NO_LIMIT) -> None:
+        self.cut, self.limit = cut, limit
+        self.parts = cut(limit)
 
     def halve(self) -> bool:
-        """Parts of half the rows from here on; false where they cannot be smaller."""
-        smaller = replace(self.portion, rows=(max(map(len, self.parts)) + 1) // 2)
-        parts = self.cut(smaller)
-        if len(parts) <= len(self.parts):
+        """Parts of half the tokens from here on; false where each is one row."""
+        masks = [part.attention_mask for part in self.parts if len(part) > 1]
+        if not masks:
             return False
-        self.parts, self.portion = parts, smaller
+        tokens = max(len(mask) * int(mask.sum(dim=1).max()) for mask in masks)
+        self.limit = replace(self.limit, tokens=max(1, tokens // 2))
+        self.parts = self.cut(self.limit)
         return True
 
 
-def split_experience(experience: Experience, portion: Portion = WHOLE, group: Group = ALONE) -> list[Experience]:
+def split_experience(
+    experience: Experience, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE
+) -> list[Experience]:
     """Micro-batches of an experience."""
     lengths = experience.attention_mask.sum(dim=1)
     return [experience.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
-            for rows in portion.slices(lengths, group)]  # fmt: skip
+            for rows in limit.slices(lengths, group=group)]  # fmt: skip
 
 
-def split_tokens(batch: TokenBatch, portion: Portion = WHOLE, group: Group = ALONE) -> list[TokenBatch]:
+def split_tokens(batch: TokenBatch, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE) -> list[TokenBatch]:
     """Micro-batches of rows to imitate, each cut to its own longest row."""
     parts = []
-    for rows in portion.slices(batch.attention_mask.sum(dim=1), group):
+    for rows in limit.slices(batch.attention_mask.sum(dim=1), group=group):
         attention_mask = batch.attention_mask[rows]
         width = max(int(attention_mask.any(dim=0).nonzero()[-1]) + 1, 2) if attention_mask.any() else 2
         parts.append(
@@ -92,11 +111,14 @@ def split_tokens(batch: TokenBatch, portion: Portion = WHOLE, group: Group = ALO
     return parts
 
 
-def split_preferences(batch: PreferenceBatch, portion: Portion = WHOLE, group: Group = ALONE) -> list[PreferenceBatch]:
+def split_preferences(
+    batch: PreferenceBatch, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE
+) -> list[PreferenceBatch]:
     """Micro-batches of comparisons, each with just the texts it compares."""
-    lengths = batch.attention_mask.sum(dim=1)
     parts = []
-    for rows in portion.slices(lengths[batch.chosen] + lengths[batch.rejected], group):
+    for rows in limit.slices(
+        batch.attention_mask.sum(dim=1), torch.stack([batch.chosen, batch.rejected], dim=1), group
+    ):
         chosen, rejected = batch.chosen[rows], batch.rejected[rows]
         texts, places = torch.unique(torch.cat([chosen, rejected]), return_inverse=True)
         attention_mask = batch.attention_mask[texts]

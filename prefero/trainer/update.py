@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prefero.faults import fault
+from prefero.models.trunk import out_of_memory
 from prefero.strategies.base import Strategy
-from prefero.trainer.split import BatchT, Passes
+from prefero.trainer.split import BatchT, MicroBatches
 from prefero.types import Loss, Metrics
 
 _NO_ROOM = (
@@ -71,7 +72,7 @@ class Learner:
 def update(
     strategy: Strategy,
     learners: Sequence[Learner],
-    passes: Passes[BatchT],
+    micro_batches: MicroBatches[BatchT],
     count: Callable[[BatchT], Tensor],
     losses: Callable[[BatchT, float], Iterator[Loss]],
     max_norm: float | None = None,
@@ -80,28 +81,26 @@ def update(
 
     Learners go one after the other: all micro-batches of the first are forwarded, backwarded and stepped before the
     second one's graphs exist. Where a loss or a gradient is not finite, in any process, all processes skip the step
-    (`{role}/skipped_max` is 1). A process that is alone and runs out of memory begins the learner's step again with
-    parts of half the size, which changes nothing but that. Raises ValueError when nothing counts, when too many steps
-    in a row were skipped, or when there is no memory for one row.
+    (`{role}/skipped_max` is 1). Where memory runs out, and the strategy allows it, the learner's step is begun again
+    with smaller parts, which changes the masks of dropout and nothing else. Raises ValueError when nothing counts,
+    when too many steps in a row were skipped, or when there is no memory for one row.
     """
-    total = float(strategy.sum(torch.stack([count(batch) for batch in passes.parts]).sum()))
+    total = float(strategy.sum(torch.stack([count(batch) for batch in micro_batches.parts]).sum()))
     if total <= 0:
         raise ValueError(
             "there is nothing to learn from in this batch: every token is masked out (check the loss mask)"
         )
-    streams = [losses(batch, total) for batch in passes.parts]
+    streams = [losses(batch, total) for batch in micro_batches.parts]
     metrics: dict[str, Tensor] = {}
     for place, learner in enumerate(learners):
-        while (found := _backward(strategy, learner, streams, alone=strategy.group.world_size == 1)) is None:
+        skip = 0
+        while (found := _backward(strategy, learner, streams, skip)) is None:
             learner.optimizer.zero_grad()
-            if not passes.halve():
+            if not micro_batches.halve():
                 raise ValueError(_NO_ROOM.format(learner.role))
-            warnings.warn(
-                f"memory does not suffice: {passes.portion.rows} rows a forward pass from here on", stacklevel=3
-            )
-            streams = [losses(batch, total) for batch in passes.parts]
-            for stream in streams:
-                _pass_over(strategy, stream, place)
+            tokens = micro_batches.limit.tokens
+            warnings.warn(f"memory does not suffice: {tokens} tokens a forward pass from here on", stacklevel=3)
+            streams, skip = [losses(batch, total) for batch in micro_batches.parts], place
         metrics |= found
         fault("step")
         norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)
@@ -112,14 +111,20 @@ def update(
 
 
 def _backward(
-    strategy: Strategy, learner: Learner, streams: Sequence[Iterator[Loss]], *, alone: bool
+    strategy: Strategy, learner: Learner, streams: Sequence[Iterator[Loss]], skip: int
 ) -> dict[str, Tensor] | None:
-    """The gradients of one learner, and its metrics; None where memory did not suffice."""
+    """The gradients of one learner, and its metrics; None where memory did not suffice, but less may do.
+
+    skip: how many losses, of learners that have stepped already, come first.
+    """
     metrics: dict[str, Tensor] = {}
     try:
         for stream in streams:
             with strategy.micro_batch(learner.model, last=stream is streams[-1]):
                 with strategy.autocast():
+                    with torch.no_grad():
+                        for _ in range(skip):
+                            next(stream)
                     loss = next(stream)
                 assert loss.role == learner.role, f"the algorithm yields {loss.role}, the trainer steps {learner.role}"
                 # A loss that is not finite makes all of the gradients so, and thereby every process skip the step.
@@ -128,23 +133,10 @@ def _backward(
                 strategy.backward(value, learner.model, learner.optimizer)
             _add(metrics, {learner.name: loss.value.detach(), **loss.metrics})
     except RuntimeError as error:
-        if not alone or not out_of_memory(error):
+        if not strategy.can_repeat or not out_of_memory(error):
             raise
         return None
     return metrics
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that an allocation failed, on a GPU or in main memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@torch.no_grad()
-def _pass_over(strategy: Strategy, stream: Iterator[Loss], count: int) -> None:
-    """The losses of learners that have stepped already: a stream gives them first."""
-    for _ in range(count):
-        with strategy.autocast():
-            next(stream)
 
 
 def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

@@ -121,7 +121,7 @@ def test_prompts_that_begin_alike_read_the_beginning_once():
 def test_what_is_shared_is_what_would_have_been_read(monkeypatch, family, piece):
     """Samples of one prompt, prompts that begin alike, slots that are used again, pieces: all at once."""
     torch.manual_seed(3)
-    monkeypatch.setattr("prefero.rollout.native.batch._PIECE", piece)
+    monkeypatch.setattr("prefero.rollout.native.batch._PREFILL", piece)
     actor = Actor(peaked(AutoModelForCausalLM.from_config(FAMILIES[family]())), lora_rank=2)
     start = tuple(range(4, 18))
     asked = [
@@ -145,7 +145,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch, family, slots):
     model = peaked(AutoModelForCausalLM.from_config(FAMILIES[family]()))
     asked, params = prompts((30, 2, 17, 9, 30, 1)), SamplingParams(6, seed=4)
     expected = native(model, slots=slots).generate(asked, params)
-    monkeypatch.setattr("prefero.rollout.native.batch._PIECE", 7)
+    monkeypatch.setattr("prefero.rollout.native.batch._PREFILL", 7)
     engine = native(model, slots=slots, make=Counted)
     same(engine.generate(asked, params), expected)
     assert max(engine.given) == 7
@@ -218,6 +218,18 @@ def test_adapters_of_other_kinds_are_left_alone():
         model = get_peft_model(deepcopy(base), config, adapter_name=name).eval()
         asked, params = prompts((3, 5)), SamplingParams(6, seed=2)
         same(native(model).generate(asked, params), HFEngine(model, tiny_tokenizer(), 2, ()).generate(asked, params))
+
+
+def test_rotary_embeddings_that_depend_on_the_length_are_refused_beyond_their_usual_one():
+    rotary = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = peaked(tiny_llama(rope_parameters=rotary | factors))
+    same(
+        native(model).generate(prompts((10,)), SamplingParams(6, seed=2)),
+        HFEngine(model, tiny_tokenizer(), 2, ()).generate(prompts((10,)), SamplingParams(6, seed=2)),
+    )
+    with pytest.raises(ValueError, match="a prompt and its answer of 17 tokens are beyond 16"):
+        native(model).generate(prompts((10,)), SamplingParams(7, seed=2))
 
 
 def test_prompts_that_were_learned_are_for_the_other_engine():

@@ -28,7 +28,7 @@ from prefero.rollout.hf import HFEngine
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
 from prefero.strategies.checkpoint import Checkpoint, Checkpoints
 from prefero.strategies.pulse import BrokenRunError
-from prefero.trainer.split import Passes
+from prefero.trainer.split import MicroBatches
 from prefero.trainer.state import Snapshot, keep_learner
 from prefero.trainer.update import Learner, update
 from prefero.types import Loss, Prompt
@@ -119,7 +119,7 @@ def bad_loss_in_one_process(strategy: Strategy) -> dict[str, Any]:
         yield Loss("actor", -actor(batch, 5).sum() / total * factor, {})
 
     ids, learner = torch.arange(20).reshape(2, 10) % 7, Learner("actor", "loss", actor, optimizer)
-    metrics = update(strategy, [learner], Passes(lambda _: [ids]), lambda batch: torch.tensor(1.0), losses)
+    metrics = update(strategy, [learner], MicroBatches(lambda _: [ids]), lambda batch: torch.tensor(1.0), losses)
     after = strategy.whole_state(actor)
     return {"skipped": metrics["actor/skipped_max"], "moved": not all(torch.equal(after[k], before[k]) for k in after)}
 

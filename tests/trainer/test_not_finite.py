@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prefero.optimizer import HybridAdam
 from prefero.strategies import NaiveStrategy
 from prefero.strategies.scaling import LossScale
-from prefero.trainer.split import Passes
+from prefero.trainer.split import MicroBatches
 from prefero.trainer.update import Learner, update
 from prefero.types import Loss, Metrics
 
@@ -31,7 +31,7 @@ class Rig:
 
     def step(self, *micro_batches: Tensor) -> Metrics:
         return update(
-            self.strategy, [self.learner], Passes(lambda portion: micro_batches),
+            self.strategy, [self.learner], MicroBatches(lambda limit: micro_batches),
             lambda batch: torch.tensor(float(len(batch))), self.losses,
         )  # fmt: skip
 

@@ -19,7 +19,8 @@ Draw = Callable[[Tensor, Sequence[Row]], None]
 
 _REFILL = 4  # new prompts are taken in once a quarter of the slots is free: a prefill holds everybody up
 _WORTH = 8  # tokens that two prompts must share for their keys and values to be copied
-_PIECE = 4096  # tokens of prompts read in one forward pass: what a pass computes takes memory too
+_PREFILL = 4096  # tokens of prompts read in one forward pass: what a pass computes takes memory too
+_PAIRS = 1 << 26  # of a token and one it may see, in one forward pass: they take a byte each
 
 
 class Batch:
@@ -33,7 +34,7 @@ class Batch:
         self.waiting = list(reversed(rows))
         self.active: list[Row] = []
         self.slots = slots
-        self.read: list[tuple[int, ...]] = [()] * slots.count
+        self.held: list[tuple[int, ...]] = [()] * slots.count
         """The beginning of a prompt that a slot holds, also after its answer has ended."""
         self.forward = forward
         self.draw = draw
@@ -73,31 +74,29 @@ class Batch:
     def _should_wait(self, slot: int, before: list[list[int]]) -> bool:
         ours = self._prompt(slot)
         later = max((_alike(ours, self._prompt(group[0])) for group in before), default=0)
-        return later >= _WORTH and later > max(_alike(ours, theirs) for theirs in self.read)
+        return later >= _WORTH and later > max(_alike(ours, held) for held in self.held)
 
     def _copy(self, source: int, targets: list[int], length: int) -> None:
         self.slots.copy(source, targets, length)
         for slot in targets:
-            self.read[slot] = self.read[source][:length]
+            self.held[slot] = self.held[source][:length]
 
     def _prefill(self, targets: list[int]) -> Tensor:
         """Reads the prompts of these slots, but for what any slot holds already; logits [P, V] after each."""
         done, ends = {}, {slot: len(self._prompt(slot)) for slot in targets}
         for slot in targets:
-            shared, donor = max((_alike(self._prompt(slot), held), other) for other, held in enumerate(self.read))
+            shared, donor = max((_alike(self._prompt(slot), held), other) for other, held in enumerate(self.held))
             done[slot] = shared if shared >= _WORTH else 0
             self._copy(donor, [slot], done[slot])
         logits: dict[int, Tensor] = {}
         while done:
-            left, parts = _PIECE, {}
-            for slot, begin in done.items():
-                if left:
-                    parts[slot] = self._prompt(slot)[begin : min(ends[slot], begin + left)]
-                    left -= len(parts[slot])
+            parts = {
+                slot: self._prompt(slot)[done[slot] : done[slot] + size] for slot, size in _pieces(done, ends).items()
+            }
             after = self._read(parts, [done[slot] for slot in parts])
             for (slot, part), row in zip(parts.items(), after, strict=True):
                 done[slot] += len(part)
-                self.read[slot] = self._prompt(slot)[: done[slot]]
+                self.held[slot] = self._prompt(slot)[: done[slot]]
                 if done[slot] == ends[slot]:
                     logits[slot] = row
                     del done[slot]
@@ -133,10 +132,23 @@ class Batch:
                 self.active.pop()
             last = self.active.pop()
             self.slots.copy(len(self.active), [slot], len(last.prompt.token_ids) + len(last.token_ids) - 1)
-            self.read[slot] = last.prompt.token_ids
+            self.held[slot] = last.prompt.token_ids
             self.active[slot] = last
         self.active = [row for row in self.active if row.finish_reason is None]
         return ended
+
+
+def _pieces(done: dict[int, int], ends: dict[int, int]) -> dict[int, int]:
+    """How many tokens of each slot's prompt are read in the next forward pass: some of all, in order."""
+    pieces: dict[int, int] = {}
+    longest = reach = 0
+    for slot, begin in done.items():
+        size = min(ends[slot] - begin, _PREFILL - sum(pieces.values()), max(1, _PAIRS // ends[slot]))
+        longest, reach = max(longest, size), max(reach, begin + size)
+        if pieces and (size < 1 or (len(pieces) + 1) * longest * reach > _PAIRS):
+            break
+        pieces[slot] = size
+    return pieces
 
 
 def _alike(prompt: tuple[int, ...], held: tuple[int, ...]) -> int:

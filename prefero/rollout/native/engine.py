@@ -94,6 +94,7 @@ class NativeEngine:
     def _batch(self, rows: Sequence[Row], params: SamplingParams) -> Batch:
         """Longest prompts first, all samples of one together."""
         room = max(len(row.prompt.token_ids) for row in rows) + params.max_new_tokens
+        self._check_rotary(room)
         count = min(len(rows), self.bounds.slots, self.bounds.memory // self._bytes(room))
         if not count:
             raise ValueError(
@@ -108,6 +109,20 @@ class NativeEngine:
         # Logits as the trainer computes them, and layers that have their weights at hand.
         ready = [*full_precision_head(self._inner), *at_hand(trunk_of(self._inner))]
         return Batch(ordered, Slots(count, room), partial(self._forward, ready), drawn, self._device())
+
+    def _check_rotary(self, room: int) -> None:
+        c = self._config
+        rotary = getattr(c, "rope_parameters", None) or {}
+        for part in [part for part in rotary.values() if isinstance(part, dict)] or [rotary]:
+            if part.get("rope_type") not in ("dynamic", "longrope"):
+                continue
+            usual = part.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None)
+            if room > (usual or c.max_position_embeddings):
+                raise ValueError(
+                    f"a prompt and its answer of {room} tokens are beyond {usual or c.max_position_embeddings}, from "
+                    "where on this model reads earlier tokens differently (rotary embeddings that depend on the "
+                    "length): what was kept of them would be wrong. Use shorter prompts or max_new_tokens"
+                )
 
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device

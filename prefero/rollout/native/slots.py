@@ -74,8 +74,7 @@ class Prefill:
         if visible is None:
             columns = torch.arange(own.index.shape[1], device=self.columns.device)
             at = self.begins.unsqueeze(1) + columns
-            distance = at.unsqueeze(2) - torch.arange(reach, device=columns.device)
-            visible = self.seen[how.window] = _within(distance, how.window).unsqueeze(1)
+            visible = self.seen[how.window] = _seen(at, reach, how.window).unsqueeze(1)
         return own.together(
             how.attend(
                 own.apart(query), keys[self.targets, :, :reach], values[self.targets, :, :reach], visible, causal=False
@@ -103,8 +102,7 @@ class Decode:
         values[self.rows, :, self.lengths] = value[0].transpose(0, 1).to(values.dtype)
         visible = self.seen.get(how.window)
         if visible is None:
-            distance = self.lengths.unsqueeze(1) - torch.arange(self.reach, device=self.lengths.device)
-            visible = self.seen[how.window] = _within(distance, how.window)[:, None, None]
+            visible = self.seen[how.window] = _seen(self.lengths, self.reach, how.window)[:, None, None]
         # Queries that share a head of keys stand as if they were tokens of one head, so that no key is copied.
         heads = keys.shape[1]
         apart = query[0].transpose(0, 1).reshape(count, heads, -1, query.shape[-1])
@@ -112,6 +110,8 @@ class Decode:
         return how.attend(apart, keys, values, visible, causal=False).flatten(1, 2).unsqueeze(0)
 
 
-def _within(distance: Tensor, window: int | None) -> Tensor:
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
+def _seen(at: Tensor, reach: int, window: int | None) -> Tensor:
+    """Which of `reach` columns a token at column `at` [...] sees: [..., reach]."""
+    columns, at = torch.arange(reach, device=at.device), at.unsqueeze(-1)
+    visible = columns <= at
+    return visible if window is None else visible.logical_and_(columns > at - window)
