@@ -42,7 +42,7 @@ def evaluate(args: Namespace) -> None:
     run = Path(args.model).expanduser()
     config = _config(args, run)
     reward_model = _part_of(run, "reward", args.reward_model)
-    strategy = NaiveStrategy(config.strategy.device or None)
+    strategy = NaiveStrategy(config.strategy.device or None, config.strategy.precision)
     actor, tokenizer = load_for_use(args.model, config.strategy.device)
     # Whatever may be wrong is found before a folder is made, or --overwrite clears one.
     sources = open_sources(config.data, config.seed)
@@ -55,7 +55,8 @@ def evaluate(args: Namespace) -> None:
         config, folder, strategy, overwrite=args.overwrite, stage="eval", sources=sources, stoppable=False
     ) as session:
         session.tracker.start("eval", 1)
-        metrics, rollouts = measure()
+        with strategy.autocast():
+            metrics, rollouts = measure()
         session.tracker.log_samples(sample_rows(rollouts), 0)
         session.tracker.log(metrics, 0)
         session.finish({"model": args.model, **metrics})
