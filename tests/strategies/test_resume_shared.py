@@ -75,7 +75,7 @@ def test_two_machines_do_what_one_process_does(tmp_path: Path) -> None:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend",
               "c10d", "--rdzv_endpoint", address, "--local_addr", "127.0.0.1", "-m", "prefero"]  # fmt: skip
-    command = ["sft", "quickstart.yaml", "--sft.steps", "4", "--sft.batch-size", "8"]
+    command = ["sft", "quickstart.yaml", "--sft.steps", "4", "--sft.batch-size", "8", "--strategy.precision", "fp32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen([*launch, *command, "--strategy.kind", "ddp", "--out", "two"], cwd=tmp_path, env=environment)
