@@ -175,9 +175,10 @@ class PPOTrainer(Trainer):
 
         Advantages are whitened over the whole learn phase; outside of one, over this experience. The first of a learn
         phase, whose policy is still the one that sampled, also tells `rollout/logprob_mismatch`. Raises ValueError
-        where that is above `max_logprob_mismatch`.
+        where that is above `max_logprob_mismatch`, before it has changed any weight.
         """
         whitening = self._whitening or self.algorithm.whitening([experience])
+        first = self._whitening is not None and (self.cursor.epoch, self.cursor.batch) == (0, 1)
         own = share_experience(experience, self.strategy.group.share(len(experience)))
         micro_batches = MicroBatches(lambda limit: split_experience(own, limit, self.strategy.group), self.limit)
         metrics = update(
@@ -187,11 +188,10 @@ class PPOTrainer(Trainer):
             self.algorithm.count,
             lambda batch, total: self.algorithm.losses(batch, total, whitening),
             self.max_norm,
+            self._check_mismatch if first else None,
         )
         self._remember(micro_batches.limit)
-        if self._whitening is not None and (self.cursor.epoch, self.cursor.batch) == (0, 1):
-            metrics["rollout/logprob_mismatch"] = self._checked(metrics[CHANGE])
-        return metrics
+        return {**metrics, "rollout/logprob_mismatch": metrics[CHANGE]} if first else metrics
 
     def _remember(self, limit: MicroBatchLimit) -> None:
         """What one forward pass may be given from here on."""
@@ -199,14 +199,14 @@ class PPOTrainer(Trainer):
         if isinstance(self.experience_maker, EngineExperienceMaker):
             self.experience_maker.limit = limit
 
-    def _checked(self, mismatch: float) -> float:
+    def _check_mismatch(self, metrics: Metrics) -> None:
+        mismatch = metrics[CHANGE]
         if not mismatch <= self.max_logprob_mismatch:  # or not a number
             raise ValueError(
                 f"the sampler's log-probabilities are {mismatch:.3g} nats a token away from the trainer's (at most "
                 f"{self.max_logprob_mismatch:g} are allowed: max_logprob_mismatch): what is learned from would be "
                 "another policy's. Let both compute with the same weights and precision, or use the other engine"
             )
-        return mismatch
 
     def _learn(self) -> Metrics:
         buffer = self.replay_buffer

@@ -76,14 +76,16 @@ def update(
     count: Callable[[BatchT], Tensor],
     losses: Callable[[BatchT, float], Iterator[Loss]],
     max_norm: float | None = None,
+    check: Callable[[Metrics], None] | None = None,
 ) -> Metrics:
     """Steps every learner once on the whole batch, a forward pass a part, and returns the metrics of the whole.
 
     Learners go one after the other: all micro-batches of the first are forwarded, backwarded and stepped before the
-    second one's graphs exist. Where a loss or a gradient is not finite, in any process, all processes skip the step
-    (`{role}/skipped_max` is 1). Where memory runs out, and the strategy allows it, the learner's step is begun again
-    with smaller parts, which changes the masks of dropout and nothing else. Raises ValueError when nothing counts,
-    when too many steps in a row were skipped, or when there is no memory for one row.
+    second one's graphs exist; `check` sees the first one's metrics before anything is stepped. Where a loss or a
+    gradient is not finite, in any process, all processes skip the step (`{role}/skipped_max` is 1). Where memory runs
+    out, and the strategy allows it, the learner's step is begun again with smaller parts, which changes the masks of
+    dropout and nothing else. Raises ValueError when nothing counts, when too many steps in a row were skipped, or when
+    there is no memory for one row.
     """
     total = float(strategy.sum(torch.stack([count(batch) for batch in micro_batches.parts]).sum()))
     if total <= 0:
@@ -101,6 +103,8 @@ def update(
             tokens = micro_batches.limit.tokens
             warnings.warn(f"memory does not suffice: {tokens} tokens a forward pass from here on", stacklevel=3)
             streams, skip = [losses(batch, total) for batch in micro_batches.parts], place
+        if check is not None and not metrics:
+            check(_reduced(strategy, found))
         metrics |= found
         fault("step")
         norm = strategy.optimizer_step(learner.optimizer, max_norm=max_norm)

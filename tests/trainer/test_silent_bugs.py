@@ -43,6 +43,8 @@ def test_a_sampler_with_other_log_probabilities_than_the_trainer_is_noticed(engi
     if wrong:
         with pytest.raises(ValueError, match=r"are 0\.3 nats a token away.*at most 0\.1"):
             subject.step(prompts())
+        fresh = actor(0, torch.float32).state_dict()
+        assert all(torch.equal(tensor, fresh[name]) for name, tensor in policy.state_dict().items())
         return
     for _ in range(2):  # the second with weights that have moved
         metrics = subject.step(prompts())
