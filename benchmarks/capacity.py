@@ -1,4 +1,4 @@
-"""What one of many processes holds of a very large model: prints a table of docs/strategies.md.
+"""What one of many processes holds of a very large model: prints a table of docs/strategies-measured.md.
 
 python benchmarks/capacity.py
 

@@ -1,4 +1,4 @@
-"""What is done to runs, and what they make of it: prints the fault table of docs/strategies.md.
+"""What is done to runs, and what they make of it: prints the fault table of docs/strategies-measured.md.
 
 python benchmarks/faults.py [--kills 200] [--mutations 1000] [--out DIR] [--only NAME ...]
 

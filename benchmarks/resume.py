@@ -1,4 +1,4 @@
-"""Killed at every step and resumed, by one process and by two: prints the resume matrix of docs/strategies.md.
+"""Killed at every step and resumed, by one process and by two: prints the resume matrix of docs/strategies-measured.md.
 
 python benchmarks/resume.py [--out DIR] [--steps N ...]
 
