@@ -1,4 +1,4 @@
-"""What each process holds, by strategy, for GPT-2 small (124 million weights): prints a table of docs/strategies-measured.md.
+"""What each process holds, by strategy, for GPT-2 small: prints a table of docs/strategies-measured.md.
 
 python benchmarks/memory.py [--rounds N]
 

@@ -1,4 +1,4 @@
-"""Every way of sharing a run over processes, against one process: prints the parity matrix of docs/strategies-measured.md.
+"""Every way of sharing a run over processes against one: prints the parity matrix of docs/strategies-measured.md.
 
 python benchmarks/parity.py [--json FILE] [--out DIR] [--cells NAME ...]
 
