@@ -11,10 +11,8 @@ gathers the whole policy in every process, is not counted.
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +24,7 @@ from prefero.models.base import Actor
 from prefero.models.loading import LoadOptions, build
 from prefero.strategies import FSDPStrategy
 from prefero.strategies.fsdp import blocks
+from runs import this_machine
 
 SHAPES: dict[str, Any] = {
     "7B (Llama 2)": LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
@@ -73,7 +72,7 @@ def main() -> None:
         rows = [held(config, ranks) for ranks in RANKS]
         cells = " | ".join(f"{states / 1e9:.2f} | {work / 1e9:.2f}" for _, states, work in rows)
         print(f"| {name} | {rows[0][0] / 1e9:.2f}e9 | {cells} |")
-    print(f"\nPython {platform.python_version()}, torch {torch.__version__}")
+    print(f"\n{this_machine()}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from prefero.faults import PHASES
 from prefero.recipes.keeper import STOPPED
 from prefero.strategies.checkpoint import Checkpoints, DamagedCheckpointError
 from prefero.strategies.group import Group
+from runs import this_machine
 
 SHORT = [
     "--sft.steps", "3", "--sft.batch-size", "16", "--reward.steps", "3", "--reward.batch-size", "16",
@@ -351,6 +352,7 @@ def main() -> None:
         for name in args.only:
             for row in parts[name](bench):
                 print(row, flush=True)
+    print(f"\n{this_machine()}")
 
 
 if __name__ == "__main__":

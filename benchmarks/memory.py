@@ -16,13 +16,14 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
+
+from runs import this_machine
 
 ROWS, LENGTH = 4, 16
 LAYOUTS = {
@@ -119,10 +120,7 @@ def table(rounds: int) -> None:
     of = medians["DDP×2"]
     for name, (held, peak, ratio) in medians.items():
         print(f"| {name} | {held:.0f} | {held / of[0]:.2f} | {peak:.0f} | {peak / of[1]:.2f} | {ratio:.2f} |")
-    import torch
-
-    print(f"\nMachine: {platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-          f"torch {torch.__version__}, medians of {rounds} rounds.")  # fmt: skip
+    print(f"\n{this_machine()} Medians of {rounds} round{'s' * (rounds > 1)}.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from forks import Forks
-from runs import greatest
+from runs import greatest, this_machine
 
 SHORT = {
     "sft.steps": "6",
@@ -181,6 +181,7 @@ def main() -> None:
             print(f"| {cell.name} | {shown} |", flush=True)
         if args.json:
             args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{this_machine()}")
 
 
 if __name__ == "__main__":

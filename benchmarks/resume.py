@@ -22,7 +22,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from forks import Forks
-from runs import greatest
+from runs import greatest, this_machine
 
 SHORT = [
     "--ppo.steps", "6", "--ppo.prompts-per-step", "8", "--ppo.train-batch-size", "8", "--ppo.max-epochs", "2",
@@ -129,6 +129,7 @@ def main() -> None:
         moves = "ZeRO-3×2 naive, ZeRO-3×2 ZeRO-3×4, ZeRO-3×4 ZeRO-3×2, ZeRO-3×4 naive, DDP×2 naive, naive DDP×2"
         for first, then in (move.split() for move in moves.split(", ")):
             print(f"| {first} | {then} | {bench.moved(first, then):.1e} |", flush=True)
+    print(f"\n{this_machine()}")
 
 
 if __name__ == "__main__":

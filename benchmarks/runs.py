@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def machine(summary: dict[str, Any]) -> str:
     """The processor, its cores and the versions a run was made with, as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return f"Machine: {_processor()}, {os.cpu_count()} cores; {versions}."
+
+
+def this_machine() -> str:
+    """The processor, its cores and the versions of Python and torch, as one line."""
+    cores, python = os.cpu_count(), platform.python_version()
+    return f"Machine: {_processor()}, {cores} cores; Python {python}, torch {version('torch')}."
 
 
 def _processor() -> str:
