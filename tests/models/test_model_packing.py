@@ -6,6 +6,7 @@ from transformers import AutoModel, BertConfig, DebertaV2Config, FalconConfig, L
 
 from prefero.models.base import Actor, Critic
 from prefero.models.packed import hidden_states, packs
+from prefero.models.packing import Packing
 from prefero.models.trunk import padded_hidden_states, trunk_of
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.native.engine import NativeEngine
@@ -82,6 +83,20 @@ def test_families_that_cannot_are_padded_as_before(config, can: bool) -> None:
     torch.testing.assert_close(after * mask[..., None], before * mask[..., None], atol=1e-5, rtol=1e-5)
     if not can:
         assert torch.equal(padded_hidden_states(trunk, ids, mask), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_texts_that_mix_are_noticed_at_every_precision(monkeypatch, dtype: torch.dtype, wrong: bool) -> None:
+    """As loud as a trained model's: attention that sees what comes after would be a failure to set texts apart."""
+    torch.manual_seed(0)
+    trunk = trunk_of(loud(Actor(FAMILIES[-1].actor(config=FAMILIES[-1].config()).model)).model).to(dtype).eval()
+    if wrong:
+        usual = Packing.of
+        monkeypatch.setattr(Packing, "of", lambda mask, causal=True: usual(mask, causal=False))
+    before = trunk.config._attn_implementation
+    assert packs(trunk) == (not wrong)
+    assert wrong == (trunk.config._attn_implementation == before)
 
 
 def test_a_copy_of_a_model_packs_by_itself() -> None:
