@@ -51,7 +51,11 @@ VARIANTS = {
     "accumulation 4": [],
     "60 tokens a pass": [f"--{stage}.micro-batch-tokens=60" for stage in ("sft", "reward", "ppo")],
     "activation checkpointing": ["--model.gradient-checkpointing"],
+    "one backbone": ["--model.lora-rank", "4", "--reward.lora-rank", "4", "--ppo.backbone", "shared"],
+    "hydra": ["--model.lora-rank", "4", "--reward.lora-rank", "4", "--ppo.backbone", "hydra"],
+    "upper layers": ["--model.num-layers-unfrozen", "1", "--ppo.backbone", "shared"],
 }
+OTHER_NETWORKS = ("LoRA", "one backbone", "hydra", "upper layers")
 STRATEGIES = {
     "naive": ["--strategy.kind", "naive"],
     "DDP": ["--strategy.kind", "ddp"],
@@ -156,8 +160,8 @@ def _weights(folder: Path, reference: Path, stage: str) -> float:
 
 
 def baseline(cell: Cell) -> Cell:
-    """What a cell must equal: one process that does everything at once (with adapters where the cell has them)."""
-    return Cell("naive", 1, "LoRA" if cell.variant == "LoRA" else "full")
+    """What a cell must equal: one process that does everything at once (of the same networks)."""
+    return Cell("naive", 1, cell.variant if cell.variant in OTHER_NETWORKS else "full")
 
 
 def main() -> None:

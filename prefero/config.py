@@ -41,6 +41,12 @@ class ModelConfig:
         description="Where adapters train, learning rates are multiplied by this: they bear a far higher one than all "
         "weights do, and with it one config serves both.",
     )
+    num_layers_unfrozen: int = Field(
+        default=0,
+        ge=0,
+        description="Train the last so many layers only, and what stands above them; 0: all. The reference then shares "
+        "what is frozen.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
@@ -238,6 +244,13 @@ class PPOConfig:
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="The actor's peak learning rate.")
     critic_learning_rate: float = Field(default=1e-4, gt=0, description="The critic's peak learning rate.")
+    backbone: Literal["separate", "shared", "hydra"] = Field(
+        default="separate",
+        description="separate: the critic is a network of its own, all of which learns. shared: critic, and a reward "
+        "model that was trained as adapters on the same weights, hold the policy's frozen weights, with adapters or "
+        "unfrozen layers of their own. hydra: the critic is a head on the policy; one forward pass does for both.",
+    )
+    value_coef: float = Field(default=0.1, gt=0, description="Weight of the value loss beside the policy's in a hydra.")
     critic_layers: int = Field(
         default=0, ge=0, description="Build the critic from the policy's first layers only; 0: all of them."
     )
@@ -389,6 +402,7 @@ def _about_ppo(c: Config) -> Iterator[str]:
             f"ppo.kl_horizon {c.ppo.kl_horizon} is reached within one iteration of {rollouts} completions, which could "
             f"set the coefficient to 0 for good; raise it to {rollouts} or more"
         )
+    yield from _about_backbone(c)
     if 0 < c.ppo.dual_clip <= 1:
         yield f"ppo.dual_clip {c.ppo.dual_clip} must be above 1 (3 is usual), or 0 for off"
     if not c.ppo.skip and c.ppo.critic_warmup >= c.ppo.steps:
@@ -396,6 +410,31 @@ def _about_ppo(c: Config) -> Iterator[str]:
             f"ppo.critic_warmup is {c.ppo.critic_warmup} but there are only {c.ppo.steps} ppo.steps, "
             "so the actor would never learn; lower the one or raise the other"
         )
+
+
+def _about_backbone(c: Config) -> Iterator[str]:
+    frozen, backbone = c.model.lora_rank or c.model.num_layers_unfrozen, c.ppo.backbone
+    if c.model.lora_rank and c.model.num_layers_unfrozen:
+        yield (
+            f"model.lora_rank {c.model.lora_rank} freezes all weights below its adapters, so model.num_layers_unfrozen "
+            f"{c.model.num_layers_unfrozen} has no effect; set one of them to 0"
+        )
+    if backbone == "shared" and not frozen:
+        yield (
+            "ppo.backbone shared has nothing to share: all weights of the policy are trained; set model.lora_rank or "
+            "model.num_layers_unfrozen, or ppo.backbone to separate"
+        )
+    if backbone == "hydra":
+        for key in ("critic_layers", "critic_warmup"):
+            if getattr(c.ppo, key):
+                yield (
+                    f"ppo.{key} is {getattr(c.ppo, key)}, but in a hydra (ppo.backbone) the critic is a head on the "
+                    "policy and learns with it; set it to 0, or ppo.backbone to shared"
+                )
+        if c.ppo.level != "token":
+            yield f"ppo.level {c.ppo.level} has no hydra; set it to token, or ppo.backbone to shared"
+    if c.ppo.value_coef != PPOConfig().value_coef and backbone != "hydra":
+        yield f"ppo.value_coef {c.ppo.value_coef} has no effect with ppo.backbone {backbone}; leave it out"
 
 
 def _about_rewards(c: Config) -> Iterator[str]:

@@ -16,6 +16,7 @@ from prefero.functional import kl as kl_formulas
 from prefero.functional import masked, policy, value
 from prefero.models.base import Actor, Critic
 from prefero.models.lora import has_lora
+from prefero.models.shared import HydraActor
 from prefero.models.trunk import evaluating
 from prefero.types import Experience, Loss
 
@@ -32,7 +33,8 @@ class PPOSettings:
     dual_clip: bound on the loss of negative advantages. value_clip: how far a value may move (None: anywhere).
     whiten_advantages: to mean 0 and variance 1 over the whole learn phase. temperature: the sampling temperature,
     used in every log-probability. missing_eos_penalty: subtracted from the score of completions that did not end.
-    score_clip: scores are clamped to [-score_clip, score_clip].
+    score_clip: scores are clamped to [-score_clip, score_clip]. value_coef: weight of the value loss where one network
+    is actor and critic (`HydraActor`).
     """
 
     level: Literal["token", "sequence"] = "token"
@@ -47,6 +49,7 @@ class PPOSettings:
     temperature: float = 1.0
     missing_eos_penalty: float = 0.0
     score_clip: float | None = None
+    value_coef: float = 0.1
 
     def __post_init__(self) -> None:
         if self.level not in ("token", "sequence"):
@@ -54,7 +57,7 @@ class PPOSettings:
         for name in ("gamma", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("clip_low", "clip_high", "value_clip", "score_clip", "temperature"):
+        for name in ("clip_low", "clip_high", "value_clip", "score_clip", "temperature", "value_coef"):
             number = getattr(self, name)
             if number is not None and not number > 0.0:
                 raise ValueError(f"{name}={number} must be positive")
@@ -85,15 +88,21 @@ CHANGE = "policy/logprob_change"
 
 
 class PPO(OnlineAlgorithm):
-    """PPO over an actor and a critic.
+    """PPO over an actor and a critic, which may be one network: the same `HydraActor` given as both.
 
     reference: the model the KL penalty is measured against. Without one, an actor with LoRA is its own reference
     (adapters off), and any other actor needs kl_coef=0.
     """
 
     def __init__(
-        self, actor: Actor, critic: Critic, reference: Actor | None = None, settings: PPOSettings | None = None
+        self,
+        actor: Actor,
+        critic: Critic | HydraActor,
+        reference: Actor | None = None,
+        settings: PPOSettings | None = None,
     ) -> None:
+        if isinstance(critic, HydraActor) and critic is not actor:
+            raise ValueError("the critic is a HydraActor, but not the actor itself: give one network as both")
         self.actor = actor
         self.critic = critic
         self.reference = reference
@@ -152,7 +161,10 @@ class PPO(OnlineAlgorithm):
         mask = action_mask.bool()
         _refuse_bad_rows(mask, scores)
         with evaluating(self.actor, self.critic, self.reference):
-            values = self.critic(sequences, mask, attention_mask)
+            if isinstance(self.critic, HydraActor):
+                values = self.critic.values(sequences, mask, attention_mask)
+            else:
+                values = self.critic(sequences, mask, attention_mask)
             if old_logprobs is None:
                 old_logprobs = self._logprobs(self.actor, sequences, mask, attention_mask)
             reference_logprobs = self._reference_logprobs(sequences, mask, attention_mask)
@@ -245,17 +257,34 @@ class PPO(OnlineAlgorithm):
         return experience.advantages[experience.action_mask.bool()]
 
     def losses(self, batch: Experience, total: float, whitening: Whitening = NO_WHITENING) -> Iterator[Loss]:
-        """The actor's loss, then the critic's; each a sum over the batch divided by `total`."""
-        yield self._actor_loss(batch, total, whitening)
-        yield self._critic_loss(batch, total)
+        """The actor's loss, then the critic's; each a sum over the batch divided by `total`.
 
-    def _actor_loss(self, batch: Experience, total: float, whitening: Whitening) -> Loss:
+        Where one network is both, one loss from one forward pass: the actor's + value_coef * the critic's.
+        """
+        if isinstance(self.critic, HydraActor):
+            logprobs, entropy, values = self._read(batch, return_values=True)
+            policy_loss = self._actor_loss(batch, total, whitening, logprobs, entropy)
+            value_loss = self._critic_loss(batch, total, values)
+            apart = {"actor_loss": policy_loss.value.detach(), "critic_loss": value_loss.value.detach()}
+            joint = policy_loss.value + self.settings.value_coef * value_loss.value
+            yield Loss("actor", joint, apart | policy_loss.metrics | value_loss.metrics)
+        else:
+            yield self._actor_loss(batch, total, whitening, *self._read(batch))
+            values = self.critic(batch.sequences, batch.action_mask.bool(), batch.attention_mask)
+            yield self._critic_loss(batch, total, values)
+
+    def _read(self, batch: Experience, **also: bool) -> tuple[Tensor, ...]:
+        read: tuple[Tensor, ...] = self.actor(
+            batch.sequences, batch.num_actions, batch.attention_mask, temperature=self.settings.temperature,
+            return_entropy=True, action_mask=batch.action_mask.bool(), **also,
+        )  # fmt: skip
+        return read
+
+    def _actor_loss(
+        self, batch: Experience, total: float, whitening: Whitening, logprobs: Tensor, entropy: Tensor
+    ) -> Loss:
         settings = self.settings
         mask = batch.action_mask.bool()
-        logprobs, entropy = self.actor(
-            batch.sequences, batch.num_actions, batch.attention_mask, temperature=settings.temperature,
-            return_entropy=True, action_mask=mask,
-        )  # fmt: skip
         old_logprobs = masked.fill(batch.action_log_probs, mask)
         advantages = whitening(batch.advantages)
         if settings.level == "sequence":
@@ -286,9 +315,8 @@ class PPO(OnlineAlgorithm):
     def _how(self) -> str:
         return "sequence_mean" if self.settings.level == "sequence" else "token_mean"
 
-    def _critic_loss(self, batch: Experience, total: float) -> Loss:
+    def _critic_loss(self, batch: Experience, total: float, values: Tensor) -> Loss:
         mask = batch.action_mask.bool()
-        values = self.critic(batch.sequences, mask, batch.attention_mask)
         kept = mask.any(dim=1) if self.settings.level == "sequence" else mask
         values = masked.fill(values, kept)
         old_values = masked.fill(batch.values, kept)

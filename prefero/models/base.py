@@ -36,7 +36,7 @@ from prefero.models.trunk import (
 class Actor(LoRAModule):
     """A policy: a causal language model (`.model`, Hugging Face's) asked for the log-probabilities of its answers."""
 
-    forward_methods = (
+    forward_methods: tuple[str, ...] = (
         "generate",
         "decode",
         "can_pack",
@@ -68,22 +68,40 @@ class Actor(LoRAModule):
         the output head is not applied and the answer is 0. Logits are divided by `temperature` before the softmax, so
         what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
         """
+        logprobs, entropy, _ = self.read(
+            sequences, num_actions, attention_mask, temperature, return_entropy, action_mask
+        )
+        return (logprobs, entropy) if return_entropy else logprobs
+
+    def read(
+        self,
+        sequences: Tensor,
+        num_actions: int,
+        attention_mask: Tensor | None,
+        temperature: float,
+        with_entropy: bool,
+        action_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What `forward` gives, and the hidden states [B, A, D] from which the tokens are predicted."""
         check_num_actions(num_actions, sequences)
         mask = torch.ones_like(sequences[:, -num_actions:]) if action_mask is None else action_mask
         if self._head_is_plain():
-            logprobs, entropy = self._from_hidden(sequences, mask, attention_mask, temperature, return_entropy)
-        else:
-            inputs = model_inputs(self.model, sequences, attention_mask, logits_to_keep=num_actions + 1)
+            return self._from_hidden(sequences, mask, attention_mask, temperature, with_entropy)
+        inputs = model_inputs(self.model, sequences, attention_mask, logits_to_keep=num_actions + 1)
+        seen: list[Tensor] = []
+        watch = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
             with replaced(full_precision_head(self.model)):
                 logits = self.model(**inputs).logits[:, -num_actions - 1 :]
-            logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
-            logprobs = masked.fill(logprobs, mask)
-            entropy = masked.fill(lp.entropy(logits[:, :-1].detach(), temperature), mask) if return_entropy else None
-        return (logprobs, entropy) if return_entropy else logprobs
+        finally:
+            watch.remove()
+        logprobs = lp.token_logprobs(logits, sequences[:, -num_actions - 1 :], temperature)[:, 1:]
+        entropy = masked.fill(lp.entropy(logits[:, :-1].detach(), temperature), mask) if with_entropy else None
+        return masked.fill(logprobs, mask), entropy, seen[0][:, -num_actions - 1 : -1]
 
     def _from_hidden(
         self, sequences: Tensor, mask: Tensor, attention_mask: Tensor | None, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The head on just the positions that predict a token of the mask [B, A], which is often the minority."""
         num_actions = mask.shape[1]
         head = self.model.get_output_embeddings()
@@ -98,7 +116,7 @@ class Actor(LoRAModule):
             with_entropy=with_entropy,
             entropy_gradient=False,
         )
-        return _at(mask, logprobs), None if entropy is None else _at(mask, entropy)
+        return _at(mask, logprobs), None if entropy is None else _at(mask, entropy), hidden
 
     def _head_is_plain(self) -> bool:
         if self._plain_head is None:

@@ -87,7 +87,10 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
             yield str(code), code
     judges = (use.removeprefix("model:") for use in used if use.startswith("model:"))
     for name in {config.model.path, config.reward.model, *judges} - {"", "policy"}:
-        source = Path(resolve(name))
+        try:
+            source = Path(resolve(name))
+        except ValueError:
+            continue  # of a stage that is not run, which may be yet to come; preflight has found what this one needs
         for file in [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.bin")]:
             yield f"{name} ({file.name})", file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from prefero.functional.kl import AdaptiveCoefficient
 from prefero.models.auto import AutoCritic
 from prefero.models.base import Actor, Critic
 from prefero.models.lora import has_lora
+from prefero.models.shared import HydraActor, critic_on, sharing
 from prefero.recipes.evaluation import Examination
 from prefero.recipes.keeper import Saver
 from prefero.recipes.rewards import Judging, build_part, build_reward
@@ -37,21 +37,24 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
     config, settings, keeper = session.config, session.config.ppo, session.keeper()
     strategy = session.strategy
     with strategy.model_init_context():
-        actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank)
-        critic = make_critic(config, policy)
+        kind = HydraActor if settings.backbone == "hydra" else Actor
+        actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank, kind)
+        critic = make_critic(config, policy, actor)
     set_up_machine(num_parameters(actor), config.strategy.threads)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
-    examination = make_examination(config, session.sources, tokenizer, reward_model, strategy)
+    backbone = None if settings.backbone == "separate" else actor
+    examination = make_examination(config, session.sources, tokenizer, reward_model, strategy, backbone)
 
-    actor_optim = adamw(config, actor, settings.learning_rate)
-    critic_optim = adamw(config, critic, settings.critic_learning_rate)
-    strategy.prepare((actor, actor_optim), (critic, critic_optim), *([reference] if reference else []))
+    actor_optim = adamw(config, actor, settings.learning_rate, head_rate=settings.critic_learning_rate)
+    critic_optim = actor_optim if critic is actor else adamw(config, critic, settings.critic_learning_rate)
+    learners = [(actor, actor_optim), (critic, critic_optim)][: 1 if critic is actor else 2]
+    strategy.prepare(*learners, *([reference] if reference else []))
     engine = make_engine(actor, tokenizer, config.engine, session.say)
     optimizer_steps = settings.steps
     schedulers = [
         schedule(actor_optim, settings.schedule, optimizer_steps, settings.warmup_fraction, settings.critic_warmup),
         schedule(critic_optim, settings.schedule, optimizer_steps, settings.warmup_fraction),
-    ]
+    ][: len(learners)]
     watcher, saver = Watcher(session, examination, engine, actor, reference, tokenizer), Saver(keeper)
     trainer = PPOTrainer(
         strategy,
@@ -84,11 +87,19 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
     return watcher.finish()
 
 
-def make_critic(config: Config, policy: str) -> Critic:
-    """A critic on the policy's own body (or its first `ppo.critic_layers` layers), with a head that starts at zero."""
+def make_critic(config: Config, policy: str, actor: Actor) -> Critic | HydraActor:
+    """A critic like the policy (or its first `ppo.critic_layers` layers), with a head that starts at zero.
+
+    policy: where it is read from; actor: what it shares weights with, or is itself, where `ppo.backbone` says so.
+    """
+    num_layers = config.ppo.critic_layers or None
+    if isinstance(actor, HydraActor):
+        return actor
+    if config.ppo.backbone == "shared":
+        return critic_on(actor, config.model.lora_rank, num_layers, config.ppo.level)
     return AutoCritic(
         pretrained=policy,
-        num_layers=config.ppo.critic_layers or None,
+        num_layers=num_layers,
         level=config.ppo.level,
         checkpoint=config.model.gradient_checkpointing,
         trust_remote_code=config.model.trust_remote_code,
@@ -96,8 +107,8 @@ def make_critic(config: Config, policy: str) -> Critic:
 
 
 def frozen_copy(actor: Actor) -> Actor:
-    """The reference: what the actor is now, never to change."""
-    reference = deepcopy(actor)
+    """The reference: what the actor is now, never to change; what is frozen in the actor is not copied."""
+    reference = sharing(actor)
     reference.requires_grad_(False)
     reference.eval()
     return reference
@@ -118,6 +129,7 @@ def ppo_settings(c: PPOConfig) -> PPOSettings:
         whiten_advantages=c.whiten_advantages,
         temperature=c.temperature,
         missing_eos_penalty=c.missing_eos_penalty,
+        value_coef=c.value_coef,
     )
 
 
@@ -142,10 +154,15 @@ def load_prompts(config: Config, sources: Sources, tokenizer: PreTrainedTokenize
 
 
 def make_examination(
-    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase, reward_model: Path | None, strategy: Strategy
+    config: Config,
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: Path | None,
+    strategy: Strategy,
+    backbone: Actor | None = None,
 ) -> Examination:
-    """The held-out prompts with the run's reward and its independent scorer."""
-    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size)
+    """The held-out prompts with the run's reward and its independent scorer; backbone: see `Judging`."""
+    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size, backbone)
     yardsticks = sources.yardsticks()
     if config.evaluate.gold:
         gold = build_part("gold", RewardPart(use=config.evaluate.gold), how, "evaluate.gold")

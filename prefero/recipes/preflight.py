@@ -114,6 +114,11 @@ def _check_ppo(config: Config, sources: Sources, policy: _Policy | None, *, trai
     layers = settings.get_text_config().num_hidden_layers
     if ppo.critic_layers > layers:
         raise ConfigError(f"ppo.critic_layers is {ppo.critic_layers} but the policy has only {layers} layers; lower it")
+    if config.model.num_layers_unfrozen >= layers:
+        raise ConfigError(
+            f"model.num_layers_unfrozen is {config.model.num_layers_unfrozen} but the policy has {layers} layers; "
+            "lower it, or set it to 0 to train all"
+        )
     limits = Limits.of(settings)
     cure = "shorten or drop the row (data.max_prompt_length with data.truncate), or lower ppo.max_new_tokens"
     for split in _SPLITS:

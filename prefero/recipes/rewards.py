@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prefero.config import ConfigError, RewardPart
-from prefero.models.base import RewardModel
+from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import load_config, load_tokenizer, resolve
+from prefero.models.shared import reward_on
 from prefero.recipes.limits import Limits
 from prefero.rewards.base import Reward
 from prefero.rewards.combined import WeightedSum
@@ -29,13 +31,15 @@ from prefero.types import Prompt
 class Judging:
     """How reward models are used: texts of at most `max_length` tokens, `batch_size` at once, placed by `strategy`.
 
-    trained: the folder of the reward model that `trained` means, if there is one.
+    trained: the folder of the reward model that `trained` means, if there is one. backbone: a policy whose frozen
+    weights a reward model uses where it was trained as adapters on them.
     """
 
     strategy: Strategy
     trained: Path | None
     max_length: int = 512
     batch_size: int = 32
+    backbone: Actor | None = None
 
 
 def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
@@ -177,8 +181,17 @@ def load_model_reward(name: str, how: Judging, clamp: float = 0.0) -> ModelRewar
     Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
     """
     check_judge(name)
-    with how.strategy.model_init_context():
-        model = RewardModel.from_pretrained(name)
+    model = None
+    if how.backbone is not None:
+        model = reward_on(how.backbone, Path(resolve(name)).parent / "checkpoints" / "adapter")
+        if model is None:
+            warnings.warn(
+                f"{name} was not trained as adapters on the policy's weights: it stays a network of its own",
+                stacklevel=2,
+            )
+    if model is None:
+        with how.strategy.model_init_context():
+            model = RewardModel.from_pretrained(name)
     how.strategy.prepare(model.requires_grad_(False))
     max_length = Limits.of(model.model.config).shorten(how.max_length)
     mean, std = read_statistics(Path(resolve(name)))

@@ -23,10 +23,10 @@ from transformers.utils import logging as transformers_logging
 from prefero.config import Config, ConfigError, to_dict
 from prefero.data.loader import Loader
 from prefero.faults import fault
-from prefero.models.auto import AutoActor
 from prefero.models.base import Actor, RewardModel
-from prefero.models.loading import enable_checkpointing, load_tokenizer
+from prefero.models.loading import enable_checkpointing, load_causal_lm, load_tokenizer
 from prefero.models.lora import has_lora
+from prefero.models.shared import HydraActor, freeze_lower, save_reward_adapter
 from prefero.optimizer import HybridAdam
 from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.origin import origin
@@ -128,7 +128,7 @@ class Session:
     def export(self, model: Actor | RewardModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a Hugging Face folder, complete for every process when this returns.
 
-        Beside the run's own policy, which has its adapters merged, they are written alone into checkpoints/adapter.
+        Beside the run's own model, which has its adapters merged, they are written alone into checkpoints/adapter.
         Raises BrokenRunError when processes that should hold the same weights do not.
         """
         fault("export")
@@ -136,8 +136,12 @@ class Session:
         state = self.strategy.whole_state(model, only_rank0=True)
         if self.strategy.is_rank_0:
             model.save_pretrained(folder, tokenizer, state=state)
-            if folder == self.run.model and isinstance(model, Actor) and has_lora(model.model):
-                model.save_adapter(self.run.checkpoints / "adapter", state)
+            adapter = self.run.checkpoints / "adapter"
+            if folder == self.run.model and has_lora(model.model):
+                if isinstance(model, Actor):
+                    model.save_adapter(adapter, state)
+                elif model.value_head is not None:
+                    save_reward_adapter(model, adapter, state)
         self.strategy.group.wait()
 
 
@@ -255,8 +259,10 @@ def set_up_machine(num_parameters: int, threads: int = 0) -> None:
     prefer_onednn_fp32()
 
 
-def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> tuple[Actor, PreTrainedTokenizerBase]:
-    """The actor and its tokenizer from a folder or name; with no path, the world's fresh model."""
+def load_policy(
+    config: Config, path: str, sources: Sources, lora_rank: int, kind: type[Actor] = Actor
+) -> tuple[Actor, PreTrainedTokenizerBase]:
+    """The actor, of the class `kind`, and its tokenizer from a folder or name; no path: the world's fresh model."""
     fault("load")
     if not path:
         fresh = sources.scratch()
@@ -265,25 +271,31 @@ def load_policy(config: Config, path: str, sources: Sources, lora_rank: int) -> 
                 "model.path is empty and the data brings no model of its own; "
                 "give a folder, a hub name or a fetched name, e.g. --model.path smollm2"
             )
-        if config.model.gradient_checkpointing:
-            enable_checkpointing(fresh[0])
-        return Actor(fresh[0], lora_rank), fresh[1]
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(config.model.tokenizer or path, trust_remote_code=trust)
-    actor = AutoActor(
-        pretrained=path,
-        checkpoint=config.model.gradient_checkpointing,
-        lora_rank=lora_rank,
-        trust_remote_code=trust,
-    )
-    return actor, tokenizer
+        model, tokenizer = fresh
+    else:
+        trust = config.model.trust_remote_code
+        tokenizer = load_tokenizer(config.model.tokenizer or path, trust_remote_code=trust)
+        model = load_causal_lm(path, trust_remote_code=trust)
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.model.num_layers_unfrozen and not lora_rank:
+        freeze_lower(model, config.model.num_layers_unfrozen)
+    return kind(model, lora_rank), tokenizer
 
 
-def adamw(config: Config, model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
-    """Fused AdamW over the weights that train; norms and biases are not decayed, adapters learn faster if told to."""
+def adamw(
+    config: Config, model: nn.Module, learning_rate: float, weight_decay: float = 0.0, head_rate: float | None = None
+) -> Optimizer:
+    """Fused AdamW over the weights that train; norms and biases are not decayed, adapters learn faster if told to.
+
+    head_rate: the learning rate of a hydra's value head.
+    """
     rate = learning_rate * (config.model.lora_learning_rate_factor if has_lora(model) else 1.0)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_head = list(model.value_head.parameters()) if isinstance(model, HydraActor) else []
+    apart = {id(parameter) for parameter in of_head}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in apart]
     groups = [
+        {"params": of_head, "weight_decay": 0.0, "lr": head_rate or rate},
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]

@@ -16,6 +16,7 @@ from prefero.algorithms.ppo import PPO, PPOSettings
 from prefero.faults import fault
 from prefero.models.base import Actor, Critic
 from prefero.models.generation import eos_ids
+from prefero.models.shared import HydraActor
 from prefero.models.trunk import device_of, evaluating
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import make_experience_batch, split_experience_batch
@@ -36,7 +37,7 @@ class ExperienceMaker(ABC):
     def __init__(
         self,
         actor: Actor,
-        critic: Critic,
+        critic: Critic | HydraActor,
         reward_model: Any,
         initial_model: Actor | None,
         kl_coef: float = 0.1,
@@ -64,7 +65,7 @@ class NaiveExperienceMaker(ExperienceMaker):
     def __init__(
         self,
         actor: Actor,
-        critic: Critic,
+        critic: Critic | HydraActor,
         reward_model: nn.Module,
         initial_model: Actor | None,
         kl_coef: float = 0.1,

@@ -14,6 +14,7 @@ from prefero.algorithms.base import learning_mode
 from prefero.algorithms.ppo import CHANGE, PPO, PPOSettings, Whitening, explained_variance
 from prefero.faults import fault
 from prefero.models.base import Actor, Critic
+from prefero.models.shared import HydraActor
 from prefero.rewards.base import Reward
 from prefero.rollout.buffer import NaiveReplayBuffer
 from prefero.rollout.engine import Engine, SamplingParams
@@ -52,7 +53,7 @@ class PPOTrainer(Trainer):
         self,
         strategy: Strategy,
         actor: Actor,
-        critic: Critic,
+        critic: Critic | HydraActor,
         reward_model: nn.Module | Reward,
         initial_model: Actor | None,
         actor_optim: Optimizer,
@@ -104,10 +105,11 @@ class PPOTrainer(Trainer):
             **generate_kwargs,
         )  # fmt: skip
         self.actor, self.critic = actor, critic
-        self.learners = (
+        learners = (
             Learner("actor", "actor_loss", actor, actor_optim),
             Learner("critic", "critic_loss", critic, critic_optim),
         )
+        self.learners = learners[:1] if critic is actor else learners
         self.max_norm = max_norm
         self.max_logprob_mismatch = max_logprob_mismatch
         self.schedulers = list(schedulers)

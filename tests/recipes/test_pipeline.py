@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefero.cli import main
+from prefero.models.shared import reward_on
+from prefero.recipes import rewards
 
 FOLDER = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "checkpoints", "model"}
 FEW = [
@@ -134,6 +136,25 @@ def test_adapters_are_also_written_alone_as_peft_reads_them(run: Path, tmp_path:
         assert not torch.allclose(plain(ids).logits, merged(ids).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["shared", "hydra"])
+def test_four_roles_on_one_backbone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(rewards, "reward_on", lambda *given: found.append(reward_on(*given)) or found[-1])
+    flags = ["--model.lora-rank", "4", "--reward.lora-rank", "2", "--ppo.backbone", backbone, "--precision", "fp32"]
+    flags += ["--model.path", str(run / "checkpoints" / "sft" / "model"), "--sft.skip", "true"]
+    out = tmp_path / backbone
+    assert main(["pipeline", "configs/quickstart.yaml", "--out", str(out), *FEW, *flags]) == 0
+    assert len(found) == 1 and found[0] is not None, "the reward model is adapters on the policy's weights"
+    learned = [row for row in rows(out / "metrics.jsonl") if "policy/loss" in row]
+    assert len(learned) == 2 and all("value/loss" in row and "value/explained_variance" in row for row in learned)
+    # Its scores are those of the whole reward model that was exported.
+    raw = json.loads((out / "summary.json").read_text())["before"]["eval/reward_reward_model/raw"]
+    flags[flags.index(backbone)] = "separate"
+    assert main(["pipeline", "configs/quickstart.yaml", "--out", str(tmp_path / "apart"), *FEW, *flags]) == 0
+    apart = json.loads((tmp_path / "apart" / "summary.json").read_text())["before"]["eval/reward_reward_model/raw"]
+    assert raw == pytest.approx(apart, abs=1e-4)
+
+
 def test_another_seed_is_another_run(run: Path, tmp_path: Path) -> None:
     flags = ["--steps", "4", "--batch-size", "16", "--seed", "1"]
     assert main(["sft", "configs/quickstart.yaml", "--out", str(tmp_path / "other"), *flags]) == 0
@@ -154,13 +175,15 @@ def test_the_stages_run_alone_on_the_users_own_files(tmp_path: Path, monkeypatch
     base = tmp_path / "base"
     write_own_data(tmp_path, base)
     config = tmp_path / "own.yaml"
+    # One config for all stages: what a later one reads need not be there yet.
     config.write_text(
         f"data: {{sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}}\nmodel: {{path: {base}}}\n"
+        "ppo: {rewards: {judge: {use: 'model:r/model'}}}\n"
     )
     small = ["--batch-size", "8", "--steps", "2"]
     assert main(["sft", str(config), "--out", "s", *small]) == 0
     assert main(["reward", str(config), "--out", "r", "--model.path", "s/model", *small]) == 0
-    assert main(["ppo", str(config), "--out", "p", "--model.path", "s/model", "--rewards.judge.use", "model:r/model",
+    assert main(["ppo", str(config), "--out", "p", "--model.path", "s/model",
                  "--rewards.length.use", "my_rewards.py:brevity", "--rewards.length.weight", "0.5", "--steps", "2",
                  "--prompts-per-step", "4", "--train-batch-size", "4", "--max-new-tokens", "5"]) == 0  # fmt: skip
     last = [row for row in rows(tmp_path / "p" / "metrics.jsonl") if "rollout/reward" in row][-1]

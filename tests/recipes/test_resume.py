@@ -100,6 +100,18 @@ def test_at_every_step_of_ppo(project: Project, kind: str, step: int) -> None:
     assert project.differing(out) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["shared", "hydra"])
+def test_roles_on_one_backbone_resume_too(project: Project, backbone: str) -> None:
+    options = ["--model.lora-rank", "2", "--reward.lora-rank", "2", "--ppo.backbone", backbone]
+    other = Project(project.folder / backbone, project.forks)
+    shutil.copytree(project.folder, other.folder, ignore=shutil.ignore_patterns("left-alone", "kill*", "term*", "many"))
+    assert other.run("left-alone", options=options) == 0
+    assert other.run("killed", "kill@learn:7", options=options) == -signal.SIGKILL
+    assert other.run("killed") == 0
+    assert other.differing("killed") == []
+
+
 def test_a_run_survives_many_kills(project: Project) -> None:
     faults = ["kill@learn:2", "kill@rollout:2", "kill@judge:1", "kill@rename:1", "kill@step:3", "kill@evaluate:1"]
     statuses = [project.run("many", fault) for fault in faults]

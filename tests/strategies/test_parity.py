@@ -19,7 +19,8 @@ CELLS = [cell for cell in PARITY.cells() if cell.variant == "full" and cell.stra
         ("ZeRO-3", 2, "LoRA"), ("DDP", 4, "LoRA"), ("naive", 1, "accumulation 4"), ("ZeRO-1", 2, "accumulation 2"),
         ("ZeRO-2", 4, "accumulation 4"), ("naive", 1, "60 tokens a pass"), ("ZeRO-3", 2, "60 tokens a pass"),
         ("DDP", 2, "activation checkpointing"),
-        ("ZeRO-3", 2, "activation checkpointing"),
+        ("ZeRO-3", 2, "activation checkpointing"), ("DDP", 2, "one backbone"), ("ZeRO-3", 2, "one backbone"),
+        ("ZeRO-2", 4, "hydra"), ("DDP", 2, "hydra"), ("ZeRO-3", 2, "upper layers"),
     )
 ]  # fmt: skip
 
