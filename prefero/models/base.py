@@ -68,12 +68,12 @@ class Actor(LoRAModule):
         the output head is not applied and the answer is 0. Logits are divided by `temperature` before the softmax, so
         what is learned is what was sampled. Raises ValueError unless 1 <= num_actions < S.
         """
-        logprobs, entropy, _ = self.read(
+        logprobs, entropy, _ = self._read(
             sequences, num_actions, attention_mask, temperature, return_entropy, action_mask
         )
         return (logprobs, entropy) if return_entropy else logprobs
 
-    def read(
+    def _read(
         self,
         sequences: Tensor,
         num_actions: int,

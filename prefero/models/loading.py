@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from prefero.cache import cache_root
 from prefero.deferral import weights_deferred
+from prefero.models import footprint
 from prefero.models.later import build_without_weights, drawn, store
 from prefero.models.lora import apply_lora
 from prefero.models.trunk import disable_dropout, head_width
@@ -218,6 +219,10 @@ def build(
     extra: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         extra["attn_implementation"] = options.attn_implementation
+    if (short := footprint.current()) and pretrained is not None:
+        whole = load_config(pretrained, replace(options, num_layers=None), **changes)
+        config = short.shorten(whole, options.num_layers)
+        pretrained, options = None, replace(options, num_layers=None)
     if pretrained is None:
         config = keep_layers(deepcopy(config), options.num_layers)
         for key, value in changes.items():

@@ -16,27 +16,44 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from prefero.models import footprint
 from prefero.models.base import Actor, Critic, RewardModel, zero_head
 from prefero.models.loading import keep_layers
 from prefero.models.lora import below, plain_name
 from prefero.models.packed import hidden_states
-from prefero.models.trunk import device_of, score_hidden, trunk_of
+from prefero.models.trunk import device_of, evaluating, model_inputs, score_hidden, trunk_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _HEAD, _BACKBONE = "reward_head.safetensors", "backbone.json"
-_SAMPLE = 256
+_SAMPLE = 997  # a prime: no stride that is a row's length, which would see one column only
+_NOT_WEIGHED = (
+    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id",
+    "num_labels", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "return_dict",
+)  # fmt: skip
+"""Keys of a configuration that do not change what a trunk computes."""
+
+
+class NotSharedError(ValueError):
+    """A reward model that cannot stand on a policy's weights; says why."""
 
 
 def sharing(model: ModuleT) -> ModuleT:
-    """A copy of a model that holds the original's own tensors where they are frozen, and copies of all others."""
-    tensors = chain(model.parameters(), model.buffers())
-    return deepcopy(model, {id(tensor): tensor for tensor in tensors if not tensor.requires_grad})
+    """A copy of a model that holds the original's own tensors where they are frozen, and copies of all others.
+
+    What is shared is marked: strategies load no other values into it.
+    """
+    frozen = [tensor for tensor in chain(model.parameters(), model.buffers()) if not tensor.requires_grad]
+    for tensor in frozen:
+        tensor.shared_by_roles = True  # type: ignore[attr-defined]
+    return deepcopy(model, {id(tensor): tensor for tensor in frozen})
 
 
 def backbone_of(actor: Actor, num_layers: int | None = None) -> Any:
@@ -51,19 +68,20 @@ def backbone_of(actor: Actor, num_layers: int | None = None) -> Any:
                 setattr(parent, name, child.get_base_layer())
     vars(trunk).pop("peft_config", None)
     if num_layers is not None:
-        keep_layers(trunk.config, num_layers)
         parent, name, layers = _layers(trunk)
+        keep_layers(trunk.config, num_layers)
         setattr(parent, name, layers[:num_layers])
     return trunk
 
 
 def _layers(trunk: Any) -> tuple[nn.Module, str, nn.ModuleList]:
     """A trunk's list of layers, with the module and the name it stands under."""
+    count = trunk.config.get_text_config().num_hidden_layers
     for parent in trunk.modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList):
+            if isinstance(child, nn.ModuleList) and len(child) == count and "vision" not in name:
                 return parent, name, child
-    raise ValueError(f"{type(trunk).__name__} has no list of layers, so none can be told apart: use all of them")
+    raise ValueError(f"{type(trunk).__name__} has no list of {count} layers that could be told apart: use all of them")
 
 
 def freeze_lower(model: Any, num_layers_unfrozen: int) -> None:
@@ -71,23 +89,38 @@ def freeze_lower(model: Any, num_layers_unfrozen: int) -> None:
 
     Raises ValueError when it has not more layers than that.
     """
-    trunk = trunk_of(model)
-    parent, name, layers = _layers(trunk)
+    _, _, layers = _layers(trunk_of(model))
     if not 0 < num_layers_unfrozen < len(layers):
         raise ValueError(
             f"num_layers_unfrozen={num_layers_unfrozen}: the model has {len(layers)} layers; choose 1 to "
             f"{len(layers) - 1}, or 0 to train all"
         )
-    learns = list(layers[-num_layers_unfrozen:])
-    names = [child for child, _ in parent.named_children()]
-    # Families register what stands above the layers (a last norm) behind them.
-    learns += [getattr(parent, child) for child in names[names.index(name) + 1 :]]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        learns.append(head)
+    above = _called_after(layers[-1], model)
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     model.requires_grad_(False)
-    for part in learns:
-        part.requires_grad_(True)
+    for part in (*layers[-num_layers_unfrozen:], *above):
+        for parameter in part.parameters():
+            parameter.requires_grad_(id(parameter) not in embeddings)  # a head that is tied stays what is read by
+
+
+@torch.no_grad()
+def _called_after(layer: nn.Module, model: Any) -> list[nn.Module]:
+    """The modules with weights that a model calls after this layer: a last norm, a projection, the head.
+
+    Found out by trial on a three-token text: the order in which they are registered is each family's own.
+    """
+    called: list[nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda *_: called.clear())]
+    for part in model.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            hooks.append(part.register_forward_pre_hook(lambda module, _: called.append(module)))
+    try:
+        with evaluating(model):
+            model(**model_inputs(model, torch.tensor([[0, 1, 0]], device=device_of(model)), None))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def critic_on(
@@ -96,14 +129,25 @@ def critic_on(
     num_layers: int | None = None,
     level: Literal["token", "sequence"] = "token",
 ) -> Critic:
-    """A critic on the actor's frozen weights, with adapters of its own (`lora_rank`), or its own unfrozen layers."""
-    return Critic(backbone_of(actor, num_layers), lora_rank=lora_rank, level=level)
+    """A critic on the actor's frozen weights, with adapters of its own (`lora_rank`), or as many layers unfrozen.
+
+    num_layers: the actor's first layers only; of these the last ones learn.
+    """
+    trunk = backbone_of(actor, num_layers)
+    if not lora_rank:
+        _, _, whole = _layers(trunk_of(actor.model))
+        unfrozen = sum(any(p.requires_grad for p in layer.parameters()) for layer in whole)
+        _, _, layers = _layers(trunk)
+        for place in range(max(0, len(layers) - unfrozen), len(layers)):
+            # All layers read one configuration, through which texts without padding are set apart.
+            layers[place] = deepcopy(layers[place], {id(trunk.config): trunk.config}).requires_grad_(True)
+    return Critic(trunk, lora_rank=lora_rank, level=level)
 
 
 class HydraActor(Actor):
     """A policy with a value head on its own last hidden states: one forward pass gives log-probabilities and values.
 
-    What learns below is moved by both losses (the hydra heads of trlX, Havrilla et al., EMNLP 2023).
+    What learns below is moved by both losses. Its exports are plain policies, without the head.
     """
 
     forward_methods = (*Actor.forward_methods, "values")
@@ -126,7 +170,7 @@ class HydraActor(Actor):
         return_values: bool = False,
     ) -> Any:
         """As an actor's; with return_values the values [B, A] of the states the tokens are chosen in come last."""
-        logprobs, entropy, hidden = self.read(
+        logprobs, entropy, hidden = self._read(
             sequences, num_actions, attention_mask, temperature, return_entropy, action_mask
         )
         answers = [logprobs, *([entropy] if return_entropy else [])]
@@ -139,17 +183,28 @@ class HydraActor(Actor):
         hidden = hidden_states(trunk_of(self.model), sequences, attention_mask)
         return score_hidden(self.value_head, hidden[:, -action_mask.shape[1] - 1 : -1])
 
+    def to_checkpoint(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As an actor's, and the value head."""
+        return super().to_checkpoint(own) | {k: tensor for k, tensor in own.items() if k.startswith("value_head.")}
 
-def fingerprint(own: Mapping[str, Tensor]) -> str:
-    """Tells a trunk's weights from others', adapters apart, by numbers from all over each tensor.
+    def from_checkpoint(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As an actor's; the value head stays what it is where the file is a plain policy's."""
+        head = {name: saved.get(name, tensor) for name, tensor in own.items() if name.startswith("value_head.")}
+        return super().from_checkpoint(own, {k: t for k, t in saved.items() if k not in head}) | head
 
-    own: the trunk's state.
+
+def fingerprint(config: Any, own: Mapping[str, Tensor]) -> str:
+    """Tells a trunk from others, adapters apart: by its configuration, and numbers from all over each tensor.
+
+    own: the trunk's whole state.
     """
-    digest = hashlib.sha256()
+    shape = {key: value for key, value in config.to_dict().items() if key not in _NOT_WEIGHED}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     plain = {name: tensor for key, tensor in own.items() if (name := plain_name(key)) is not None}
     for name in sorted(plain):
         flat = plain[name].detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu().contiguous()
+        places = torch.arange(_SAMPLE, device=flat.device) * flat.numel() // _SAMPLE
+        sample = flat[places].float().cpu() if flat.numel() else flat
         digest.update(f"{name} {list(plain[name].shape)} ".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 
@@ -157,32 +212,36 @@ def fingerprint(own: Mapping[str, Tensor]) -> str:
 def save_reward_adapter(model: RewardModel, directory: str | Path, state: Mapping[str, Tensor]) -> None:
     """Writes a reward model's adapter and head alone, with the fingerprint of the weights they belong to.
 
-    state: its whole state. Raises ValueError when it has no adapter, or no head of its own.
+    state: its whole state. Raises ValueError when it has no adapter, or its head is not one linear layer.
     """
-    if model.value_head is None:
-        raise ValueError(f"{type(model.model).__name__} scores by a head of its own: save the whole model")
+    if not isinstance(model.value_head, nn.Linear):
+        raise ValueError(f"{type(model.model).__name__} scores by a head of its own kind: save the whole model")
     folder = Path(directory)
     model.save_adapter(folder, state)
     head = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in below("value_head.", state).items()}
     save_file(head, folder / _HEAD)
-    known = {"fingerprint": fingerprint(below("model.", state)), "pooling": model.pooling}
+    known = {"fingerprint": fingerprint(model.model.config, below("model.", state)), "pooling": model.pooling}
     (folder / _BACKBONE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
-def reward_on(actor: Actor, directory: str | Path) -> RewardModel | None:
-    """The reward model that `save_reward_adapter` wrote, on the actor's frozen weights; None where it is none of them.
+def reward_on(actor: Actor, directory: str | Path) -> RewardModel:
+    """The reward model that `save_reward_adapter` wrote, on the actor's frozen weights.
 
-    None too where the actor's weights are not frozen, or not there yet (`deferral`).
+    Raises NotSharedError where it was trained on others, or the actor's move, or are not there or not whole yet.
     """
     folder = Path(directory)
     if not (folder / _BACKBONE).is_file():
-        return None
+        raise NotSharedError("it was not trained as adapters")
     trunk = trunk_of(actor.model)
     state = trunk.state_dict()
-    shares = all(not p.requires_grad for name, p in trunk.named_parameters() if ".lora_" not in name)
+    if any(parameter.requires_grad for name, parameter in trunk.named_parameters() if ".lora_" not in name):
+        raise NotSharedError("the policy's weights learn, and would move below it")
+    if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in state.values()):
+        raise NotSharedError("the policy's weights are shared out over processes")
     known = json.loads((folder / _BACKBONE).read_text(encoding="utf-8"))
-    if not shares or any(t.is_meta for t in state.values()) or known["fingerprint"] != fingerprint(state):
-        return None
+    # Short networks are drawn, each for itself: what matters of them is that they would be shared.
+    if footprint.current() is None and known["fingerprint"] != fingerprint(trunk.config, state):
+        raise NotSharedError("it was trained on other weights than the policy's")
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     stored = load_file(folder / _HEAD)
     weight = stored["weight"]
@@ -194,6 +253,8 @@ def reward_on(actor: Actor, directory: str | Path) -> RewardModel | None:
     tensors = load_file(folder / "adapter_model.safetensors")
     own = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     told = set_peft_model_state_dict(model.model, own, adapter_name="default")
-    if told.unexpected_keys:
-        raise ValueError(f"{folder}: the adapter is for other layers: {', '.join(told.unexpected_keys[:3])}")
+    missing = [name for name in told.missing_keys if ".lora_" in name]
+    if told.unexpected_keys or missing:
+        odd = [*told.unexpected_keys, *missing]
+        raise ValueError(f"{folder}: the adapter is for other layers ({', '.join(odd[:3])}): train it anew")
     return model.to(device_of(actor))

@@ -12,6 +12,7 @@ import prefero
 from prefero.config import KINDS_OF_KEYS, Config, ConfigError, flat, to_dict
 from prefero.data.sources import local_file
 from prefero.models.loading import resolve
+from prefero.recipes.rewards import adapter_of
 from prefero.tracking.files import to_plain
 from prefero.tracking.redaction import redact
 from prefero.tracking.run_folder import versions
@@ -91,7 +92,9 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
             source = Path(resolve(name))
         except ValueError:
             continue  # of a stage that is not run, which may be yet to come; preflight has found what this one needs
-        for file in [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.bin")]:
+        folders = [source, *([adapter] if (adapter := adapter_of(name)) else [])]
+        files = [file for folder in folders for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
+        for file in [source] if source.is_file() else files:
             yield f"{name} ({file.name})", file
 
 

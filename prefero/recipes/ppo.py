@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,25 +37,28 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
     """
     config, settings, keeper = session.config, session.config.ppo, session.keeper()
     strategy = session.strategy
+    session.tracker.start("ppo", settings.steps)
     with strategy.model_init_context():
         kind = HydraActor if settings.backbone == "hydra" else Actor
         actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank, kind)
         critic = make_critic(config, policy, actor)
     set_up_machine(num_parameters(actor), config.strategy.threads)
     reference = None if has_lora(actor.model) else frozen_copy(actor)
-    backbone = None if settings.backbone == "separate" else actor
+    backbone = None if settings.backbone == "separate" else (actor, session.say)
     examination = make_examination(config, session.sources, tokenizer, reward_model, strategy, backbone)
 
     actor_optim = adamw(config, actor, settings.learning_rate, head_rate=settings.critic_learning_rate)
     critic_optim = actor_optim if critic is actor else adamw(config, critic, settings.critic_learning_rate)
-    learners = [(actor, actor_optim), (critic, critic_optim)][: 1 if critic is actor else 2]
+    learners: list[Any] = [(actor, actor_optim)]
+    if critic is not actor:
+        learners.append((critic, critic_optim))
     strategy.prepare(*learners, *([reference] if reference else []))
     engine = make_engine(actor, tokenizer, config.engine, session.say)
-    optimizer_steps = settings.steps
+    silent = {actor_optim: settings.critic_warmup}
     schedulers = [
-        schedule(actor_optim, settings.schedule, optimizer_steps, settings.warmup_fraction, settings.critic_warmup),
-        schedule(critic_optim, settings.schedule, optimizer_steps, settings.warmup_fraction),
-    ][: len(learners)]
+        schedule(optimizer, settings.schedule, settings.steps, settings.warmup_fraction, silent.get(optimizer, 0))
+        for _, optimizer in learners
+    ]
     watcher, saver = Watcher(session, examination, engine, actor, reference, tokenizer), Saver(keeper)
     trainer = PPOTrainer(
         strategy,
@@ -80,7 +84,6 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
     watcher.trainer = trainer
     trainer.shows_progress = False
     prompts = load_prompts(config, session.sources, tokenizer, "train")
-    session.tracker.start("ppo", settings.steps)
     keeper.watch(trainer, watcher, saver)
     trainer.fit(prompts, num_episodes=settings.steps, max_timesteps=1, update_timesteps=1)
     keeper.checkpoints.wait()
@@ -159,17 +162,22 @@ def make_examination(
     tokenizer: PreTrainedTokenizerBase,
     reward_model: Path | None,
     strategy: Strategy,
-    backbone: Actor | None = None,
+    backbone: tuple[Actor, Callable[[str], None]] | None = None,
 ) -> Examination:
-    """The held-out prompts with the run's reward and its independent scorer; backbone: see `Judging`."""
-    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size, backbone)
+    """The held-out prompts with the run's reward and its independent scorer.
+
+    backbone: a policy that the reward may share weights with, and who hears where it cannot.
+    """
+    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size)
     yardsticks = sources.yardsticks()
     if config.evaluate.gold:
         gold = build_part("gold", RewardPart(use=config.evaluate.gold), how, "evaluate.gold")
         yardsticks = replace(yardsticks, gold=gold, gold_name=config.evaluate.gold)
     return Examination(
         prompts=spread(load_prompts(config, sources, tokenizer, "heldout"), config.evaluate.num_prompts),
-        reward=build_reward(config.ppo.rewards, how),
+        reward=build_reward(
+            config.ppo.rewards, replace(how, backbone=backbone[0], say=backbone[1]) if backbone else how
+        ),
         yardsticks=yardsticks,
         # A seed of its own: the examination's draws are never those of a training step.
         sampling=replace(sampling_params(config), seed=config.seed + 1_000_003),

@@ -30,6 +30,8 @@ def preflight(config: Config, command: str) -> Sources:
     pick_device(config.strategy.device or None)
     sources = open_sources(config.data, config.seed)
     policy = _check_policy(config, command, stages, sources)
+    if policy is not None:
+        _check_unfrozen(config, policy.settings.get_text_config().num_hidden_layers)
     if "sft" in stages:
         _check_demonstrations(config, sources, policy)
     if "reward" in stages:
@@ -81,6 +83,14 @@ def _check_policy(config: Config, command: str, stages: set[str], sources: Sourc
     return None
 
 
+def _check_unfrozen(config: Config, layers: int) -> None:
+    if (unfrozen := config.model.num_layers_unfrozen) >= layers:
+        raise ConfigError(
+            f"model.num_layers_unfrozen is {unfrozen} but the policy has {layers} layers; lower it, or set it to 0 to "
+            "train all"
+        )
+
+
 def _check_demonstrations(config: Config, sources: Sources, policy: _Policy | None) -> None:
     """That every row can be read by the tokenizer and fits; of a world, whose rows are known, that it is there."""
     assert policy is not None, "checked before"
@@ -114,11 +124,6 @@ def _check_ppo(config: Config, sources: Sources, policy: _Policy | None, *, trai
     layers = settings.get_text_config().num_hidden_layers
     if ppo.critic_layers > layers:
         raise ConfigError(f"ppo.critic_layers is {ppo.critic_layers} but the policy has only {layers} layers; lower it")
-    if config.model.num_layers_unfrozen >= layers:
-        raise ConfigError(
-            f"model.num_layers_unfrozen is {config.model.num_layers_unfrozen} but the policy has {layers} layers; "
-            "lower it, or set it to 0 to train all"
-        )
     limits = Limits.of(settings)
     cure = "shorten or drop the row (data.max_prompt_length with data.truncate), or lower ppo.max_new_tokens"
     for split in _SPLITS:

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from prefero.config import ConfigError, RewardPart
 from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import load_config, load_tokenizer, resolve
-from prefero.models.shared import reward_on
+from prefero.models.shared import NotSharedError, reward_on
 from prefero.recipes.limits import Limits
 from prefero.rewards.base import Reward
 from prefero.rewards.combined import WeightedSum
@@ -40,6 +39,7 @@ class Judging:
     max_length: int = 512
     batch_size: int = 32
     backbone: Actor | None = None
+    say: Callable[[str], None] = print
 
 
 def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
@@ -181,14 +181,7 @@ def load_model_reward(name: str, how: Judging, clamp: float = 0.0) -> ModelRewar
     Its scores are shifted and scaled to mean 0 and standard deviation 1 on the comparisons it was examined with.
     """
     check_judge(name)
-    model = None
-    if how.backbone is not None:
-        model = reward_on(how.backbone, Path(resolve(name)).parent / "checkpoints" / "adapter")
-        if model is None:
-            warnings.warn(
-                f"{name} was not trained as adapters on the policy's weights: it stays a network of its own",
-                stacklevel=2,
-            )
+    model = _on_backbone(name, how)
     if model is None:
         with how.strategy.model_init_context():
             model = RewardModel.from_pretrained(name)
@@ -198,6 +191,25 @@ def load_model_reward(name: str, how: Judging, clamp: float = 0.0) -> ModelRewar
     return ModelReward(
         model, load_tokenizer(name), how.batch_size, max_length, shift=mean, scale=std, clamp=clamp or None
     )
+
+
+def _on_backbone(name: str, how: Judging) -> RewardModel | None:
+    """The reward model on the policy's weights, where that is wanted and it was trained so."""
+    folder, adapter = Path(resolve(name)), adapter_of(name)
+    if how.backbone is None or adapter is None:
+        return None
+    try:
+        return reward_on(how.backbone, adapter)
+    except NotSharedError as error:
+        how.say(f"{folder}: the reward model keeps a network of its own: {error}")
+        return None
+
+
+def adapter_of(name: str) -> Path | None:
+    """The adapters alone of a reward model that is the export of a run; None where there are none."""
+    folder = Path(resolve(name))
+    adapter = folder.parent / "checkpoints" / "adapter"
+    return adapter if folder.name == "model" and adapter.is_dir() else None
 
 
 def write_statistics(folder: Path, mean: float, std: float) -> None:

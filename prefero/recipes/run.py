@@ -32,7 +32,7 @@ from prefero.strategies.pulse import BROKEN, BrokenRunError, explained
 from prefero.tracking.run_folder import RunFolder
 from prefero.tracking.text import for_terminal
 
-_STAGES: dict[str, Callable[[Session], None]] = {
+STAGES: dict[str, Callable[[Session], None]] = {
     "pipeline": run_pipeline,
     "sft": run_sft,
     "reward": run_reward,
@@ -41,7 +41,7 @@ _STAGES: dict[str, Callable[[Session], None]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Asked:
     """What is to be run, and where."""
 
     stage: str
@@ -70,20 +70,20 @@ def run(
     if resume:
         folder = folder or _interrupted(name)
         _check_same(folder, settings)
-    return _run(Plan(stage, settings, folder, name, overwrite, resume))
+    return _run(Asked(stage, settings, folder, name, overwrite, resume))
 
 
 def resume(folder: str, overrides: Sequence[str]) -> int:
     """Goes on with an interrupted run; overrides: how, e.g. with other processes (strategy, checkpoint)."""
     found = RunFolder.open(folder)
     stage = str(found.summary().get("command", ""))
-    if stage not in _STAGES:
+    if stage not in STAGES:
         raise ConfigError(
             f"{folder} does not say which command made it, so it cannot be resumed; run the command again"
         )
     settings = load_config(found.config_file, [*_forgotten(overrides, stage), *overrides], section=stage)
     _check_same(found.path, settings)
-    return _run(Plan(stage, settings, found.path, "", resume=True))
+    return _run(Asked(stage, settings, found.path, "", resume=True))
 
 
 def _forgotten(overrides: Sequence[str], stage: str) -> list[str]:
@@ -94,20 +94,20 @@ def _forgotten(overrides: Sequence[str], stage: str) -> list[str]:
     return [word for key in unused for word in (f"--strategy.{key}", str(getattr(StrategyConfig(), key)).lower())]
 
 
-def _run(plan: Plan) -> int:
-    sources = preflight(plan.config, plan.stage)
-    strategy = make_strategy(plan.config)
+def _run(asked: Asked) -> int:
+    sources = preflight(asked.config, asked.stage)
+    strategy = make_strategy(asked.config)
     # Rank 0 chooses: the others may look when its folder is there already.
-    folder = Path(strategy.group.gather_json([str(plan.folder or free_folder(plan.default_name))])[0])
+    folder = Path(strategy.group.gather_json([str(asked.folder or free_folder(asked.default_name))])[0])
     if strategy.is_rank_0:
         print(f"run folder: {folder}", file=sys.stderr)
     try:
         # Twice: inside a session SIGTERM, which torchrun sends to all when one has died, cuts no explanation off.
         with explained(strategy.group.pulse), open_session(
-            plan.config, folder, strategy, overwrite=plan.overwrite, resume=plan.resume, stage=plan.stage,
+            asked.config, folder, strategy, overwrite=asked.overwrite, resume=asked.resume, stage=asked.stage,
             sources=sources,
         ) as session, explained(strategy.group.pulse):  # fmt: skip
-            _STAGES[plan.stage](session)
+            STAGES[asked.stage](session)
             session.report(session.run)
     except BrokenRunError as error:
         told = f"prefero: error: {error}; go on with: prefero resume {shlex.quote(str(folder))}"

@@ -26,14 +26,14 @@ from prefero.faults import fault
 from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import enable_checkpointing, load_causal_lm, load_tokenizer
 from prefero.models.lora import has_lora
-from prefero.models.shared import HydraActor, freeze_lower, save_reward_adapter
+from prefero.models.shared import freeze_lower, save_reward_adapter
 from prefero.optimizer import HybridAdam
 from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.origin import origin
 from prefero.recipes.sources import Sources, open_sources
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
 from prefero.strategies.checkpoint import Checkpoints, DamagedCheckpointError
-from prefero.strategies.cpu import prefer_onednn_fp32, set_threads
+from prefero.strategies.cpu import prefer_onednn_fp32, release_memory, set_threads
 from prefero.tracking.base import Tracker, Trackers
 from prefero.tracking.console import ConsoleTracker
 from prefero.tracking.jsonl import JsonlTracker
@@ -87,6 +87,7 @@ class Session:
             yield replace(self, run=run, tracker=tracker, logs=(*logs, *self.logs), command=name,
                           started=time.monotonic())  # fmt: skip
         self.report(run)
+        release_memory()  # a stage's models, before the next one's
 
     def done(self, name: str) -> dict[str, Any] | None:
         """The summary of a stage that has ended already, where the run is being resumed."""
@@ -140,7 +141,7 @@ class Session:
             if folder == self.run.model and has_lora(model.model):
                 if isinstance(model, Actor):
                     model.save_adapter(adapter, state)
-                elif model.value_head is not None:
+                elif isinstance(model.value_head, nn.Linear):
                     save_reward_adapter(model, adapter, state)
         self.strategy.group.wait()
 
@@ -288,14 +289,20 @@ def adamw(
 ) -> Optimizer:
     """Fused AdamW over the weights that train; norms and biases are not decayed, adapters learn faster if told to.
 
-    head_rate: the learning rate of a hydra's value head.
+    head_rate: the learning rate of a value head beside the network; without one, it is that of all weights.
     """
     rate = learning_rate * (config.model.lora_learning_rate_factor if has_lora(model) else 1.0)
-    of_head = list(model.value_head.parameters()) if isinstance(model, HydraActor) else []
+    head = getattr(model, "value_head", None)
+    of_head = [parameter for parameter in head.parameters() if parameter.requires_grad] if head is not None else []
     apart = {id(parameter) for parameter in of_head}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in apart]
     groups = [
-        {"params": of_head, "weight_decay": 0.0, "lr": head_rate or rate},
+        {
+            "params": [p for p in of_head if p.dim() >= 2],
+            "weight_decay": weight_decay,
+            "lr": head_rate or learning_rate,
+        },
+        {"params": [p for p in of_head if p.dim() < 2], "weight_decay": 0.0, "lr": head_rate or learning_rate},
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]

@@ -266,9 +266,21 @@ class Strategy(ABC):
                 state = model.from_checkpoint(own, state)
             if not state.keys() & own.keys():
                 raise ValueError("it has none of the model's weights")
+            self._check_shared(model, state)
             self.load_whole_state(model, state, strict)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit the {type(model).__name__}: {first_lines(error)}") from error
+
+    @staticmethod
+    def _check_shared(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in model.named_parameters():
+            given = state.get(name)
+            shared = given is not None and getattr(parameter, "shared_by_roles", False)
+            if given is not None and shared and not torch.equal(given.to(parameter), parameter):
+                raise ValueError(
+                    f"other models share its weights ({name}) and would change with it: load it before they are made, "
+                    "or into a model of its own"
+                )
 
     def save_optimizer(self, optimizer: Optimizer, path: str | Path, only_rank0: bool = False) -> None:
         """Writes an optimizer's state (torch's format, tensors and numbers only)."""

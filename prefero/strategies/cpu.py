@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,24 @@ def return_freed_memory() -> None:
         return
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also ends the learning
     mallopt(mmap_threshold, 1 << 18)
+
+
+def trim_memory() -> None:
+    """Gives freed memory that the C library (glibc) keeps for later back to the system.
+
+    Between sampling and learning, say: what the one has freed comes in other sizes than the other wants, and both would
+    add up.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+
+
+def release_memory() -> None:
+    """As `trim_memory`, after objects in circles that nothing refers to any more are gone."""
+    gc.collect()
+    trim_memory()
 
 
 def usable_cores() -> int:

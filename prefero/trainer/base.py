@@ -17,6 +17,7 @@ from prefero.models.trunk import device_of
 from prefero.rollout.buffer import BufferItem, ReplayBuffer
 from prefero.rollout.sampling import stream_key
 from prefero.strategies.base import Strategy
+from prefero.strategies.cpu import trim_memory
 from prefero.strategies.sampler import DistributedSampler
 from prefero.trainer.callbacks.base import Callback
 from prefero.trainer.experience import ExperienceMaker
@@ -143,11 +144,14 @@ class Trainer(ABC):
             experience = self._make_experience(self._inputs(prompts))
         self._call("on_make_experience_end", experience)
         self.replay_buffer.append(experience)
+        trim_memory()
         return experience
 
     def learn(self) -> Metrics:
         """A learn phase over what the buffer holds; the mean of its steps' metrics (`*_max`: the greatest)."""
-        return self._learn()
+        metrics = self._learn()
+        trim_memory()
+        return metrics
 
     def _inputs(self, prompts: Any) -> Any:
         if self.tokenizer is not None:

@@ -105,11 +105,11 @@ class PPOTrainer(Trainer):
             **generate_kwargs,
         )  # fmt: skip
         self.actor, self.critic = actor, critic
-        learners = (
-            Learner("actor", "actor_loss", actor, actor_optim),
-            Learner("critic", "critic_loss", critic, critic_optim),
-        )
-        self.learners = learners[:1] if critic is actor else learners
+        self.learners = [Learner("actor", "actor_loss", actor, actor_optim)]
+        if critic is not actor:
+            self.learners.append(Learner("critic", "critic_loss", critic, critic_optim))
+        _check_apart({"actor": actor, "critic": critic, "initial_model": initial_model, "reward_model": reward_model},
+                     {"actor": actor_optim, "critic": critic_optim})  # fmt: skip
         self.max_norm = max_norm
         self.max_logprob_mismatch = max_logprob_mismatch
         self.schedulers = list(schedulers)
@@ -274,9 +274,27 @@ def _check(settings: PPOSettings, temperature: float, critic: nn.Module) -> None
             f"settings.temperature={settings.temperature} but sampling uses {temperature}: log-probabilities would be "
             "those of another policy; give both the same"
         )
+    if isinstance(critic, HydraActor) and settings.level != "token":
+        raise ValueError(f"settings.level={settings.level!r}: a hydra gives values per token only, use level='token'")
     level = getattr(critic, "level", settings.level)
     if level != settings.level:
         raise ValueError(f"settings.level={settings.level!r} but the critic's is {level!r}: build it with level=...")
+
+
+def _check_apart(roles: dict[str, Any], optimizers: dict[str, Optimizer]) -> None:
+    """Raises ValueError where what one role learns would move another, or a hydra's head would not learn."""
+    if roles["critic"] is roles["actor"] and optimizers["critic"] is not optimizers["actor"]:
+        raise ValueError("actor and critic are one network, which one optimizer learns: give it as both")
+    for learner, optimizer in optimizers.items():
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        for role, model in roles.items():
+            if model is roles[learner] or not isinstance(model, nn.Module):
+                continue
+            if any(id(parameter) in held for parameter in model.parameters()):
+                raise ValueError(
+                    f"the {learner}'s optimizer would also move the {role}, which holds the same parameters: copy it "
+                    "(deepcopy), or freeze what they share before the roles are made"
+                )
 
 
 def _freeze(*models: Any, trained: Sequence[nn.Module]) -> None:

@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    OPTForCausalLM,
+)
 
 from prefero.models.base import Actor, Critic, RewardModel
 from prefero.models.lora import lora_layers
 from prefero.models.shared import (
     HydraActor,
+    NotSharedError,
     backbone_of,
     critic_on,
     fingerprint,
@@ -22,8 +32,9 @@ from prefero.models.shared import (
     sharing,
 )
 from prefero.models.trunk import trunk_of
+from prefero.strategies.naive import NaiveStrategy
 from tests.models.families import FAMILIES, Family, loud, stir_adapters, tokens
-from tests.tiny import llama_config, tiny_llama
+from tests.tiny import bloom_config, gpt2_config, llama_config, opt_config, tiny_llama
 
 
 def addresses(module: nn.Module) -> set[int]:
@@ -107,13 +118,82 @@ def test_lower_layers_are_frozen_and_a_reference_shares_them(family: Family) -> 
     assert torch.equal(reference(tokens(), 5), before) and not torch.equal(actor(tokens(), 5), before)
 
 
-def test_a_head_of_its_own_and_the_last_norm_learn_with_the_upper_layers() -> None:
-    model = tiny_llama()
-    freeze_lower(model, 1)
-    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and ".1." not in name}
-    assert trained == {"norm", "lm_head"}
+@pytest.mark.parametrize(
+    ("model", "above"),
+    [
+        (tiny_llama, {"norm", "lm_head"}),
+        (lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)), {"norm"}),
+        (lambda: GPT2LMHeadModel(gpt2_config()), {"ln_f"}),
+        # It registers what stands above its layers before them, and the head is tied.
+        (lambda: OPTForCausalLM(opt_config()), {"final_layer_norm"}),
+        (lambda: BloomForCausalLM(bloom_config()), {"ln_f"}),
+        (lambda: GPTNeoXForCausalLM(neox_config()), {"final_layer_norm", "lm_head"}),
+    ],
+    ids=["llama", "tied llama", "gpt2", "opt", "bloom", "neox"],
+)
+def test_what_stands_above_the_layers_learns_and_nothing_below(model: Any, above: set[str]) -> None:
+    made = model()
+    freeze_lower(made, 1)
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-2] for name in trained if ".1." not in name} == above
+    made(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for name, p in made.named_parameters() if name in trained)
+
+
+def neox_config() -> GPTNeoXConfig:
+    return GPTNeoXConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+
+
+def test_a_critic_on_the_first_layers_of_a_half_frozen_policy_learns_too() -> None:
+    actor = Actor(loud(tiny_llama(num_hidden_layers=4)))
+    freeze_lower(actor.model, 1)
+    critic = critic_on(actor, num_layers=2)
+    nn.init.normal_(critic.value_head.weight)
+    critic(tokens(), 5).sum().backward()
+    learned = {name for name, p in critic.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any(".1." in name for name in learned) and not any(".0." in name for name in learned)
+    assert not {id(p) for p in learnable(critic)} & {id(p) for p in actor.parameters()}
+    assert {id(p) for p in critic.model.layers[0].parameters()} == {
+        id(p) for p in actor.model.model.layers[0].parameters()
+    }
+
+
+def test_too_few_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="num_layers_unfrozen=2: the model has 2 layers; choose 1 to 1"):
         freeze_lower(tiny_llama(), 2)
+
+
+def test_a_role_s_file_does_not_move_the_weights_of_others(tmp_path: Path) -> None:
+    strategy = NaiveStrategy("cpu")
+    actor = stir_adapters(Actor(loud(tiny_llama()), lora_rank=2))
+    critic = stir_adapters(critic_on(actor, lora_rank=2))
+    strategy.prepare(actor, critic)
+    assert addresses(actor) & addresses(critic)
+    before = actor(tokens(), 5).detach()
+    for name, model in (("actor.pt", actor), ("critic.pt", critic)):
+        strategy.save_model(model, tmp_path / name)
+        with pytest.raises(ValueError, match="other models share its weights"):
+            strategy.load_model(model, tmp_path / name)
+    assert torch.equal(actor(tokens(), 5), before)
+    own = Actor(deepcopy(actor.model))
+    strategy.load_model(own, tmp_path / "actor.pt")
+    torch.testing.assert_close(own(tokens(), 5), before, rtol=0, atol=1e-5)
+
+
+def test_a_hydra_s_file_holds_its_head_and_a_plain_policy_s_leaves_it(tmp_path: Path) -> None:
+    strategy = NaiveStrategy("cpu")
+    hydra = HydraActor(loud(tiny_llama()))
+    nn.init.normal_(hydra.value_head.weight)
+    strategy.save_model(hydra, tmp_path / "hydra.pt")
+    strategy.save_model(Actor(hydra.model), tmp_path / "plain.pt")
+    for file, heads_differ in (("hydra.pt", False), ("plain.pt", True)):
+        other = HydraActor(loud(tiny_llama(), seed=3))
+        strategy.load_model(other, tmp_path / file)
+        assert torch.equal(other(tokens(), 5), hydra(tokens(), 5))
+        assert bool((other.value_head.weight != hydra.value_head.weight).any()) is heads_differ
 
 
 def gemma() -> Gemma2ForCausalLM:
@@ -149,7 +229,6 @@ def test_a_reward_model_on_the_actors_weights_scores_as_it_did(tmp_path: Path, r
     save_reward_adapter(judge, tmp_path, judge.state_dict())
     actor = stir_adapters(Actor(deepcopy(model), lora_rank=2))
     found = reward_on(actor, tmp_path)
-    assert found is not None
     with torch.no_grad():
         assert torch.equal(found(tokens()), judge(tokens()))
     assert {id(p) for p in found.parameters() if not p.requires_grad} <= {id(p) for p in actor.parameters()}
@@ -159,20 +238,28 @@ def test_a_reward_model_of_other_weights_is_not_put_on_these(tmp_path: Path) -> 
     model = loud(tiny_llama())
     judge = RewardModel(deepcopy(model), lora_rank=2)
     save_reward_adapter(judge, tmp_path, judge.state_dict())
-    assert reward_on(Actor(loud(tiny_llama(), seed=1), lora_rank=2), tmp_path) is None
-    assert reward_on(Actor(deepcopy(model)), tmp_path) is None  # its weights would move under the reward model
-    assert reward_on(Actor(deepcopy(model), lora_rank=2), tmp_path / "nothing here") is None
+    with pytest.raises(NotSharedError, match="other weights"):
+        reward_on(Actor(loud(tiny_llama(), seed=1), lora_rank=2), tmp_path)
+    with pytest.raises(NotSharedError, match="would move below it"):
+        reward_on(Actor(deepcopy(model)), tmp_path)
+    with pytest.raises(NotSharedError, match="not trained as adapters"):
+        reward_on(Actor(deepcopy(model), lora_rank=2), tmp_path / "nothing here")
+    other = deepcopy(model)
+    other.config.rms_norm_eps *= 2  # the same weights, computed with otherwise
+    with pytest.raises(NotSharedError, match="other weights"):
+        reward_on(Actor(other, lora_rank=2), tmp_path)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
-    assert reward_on(Actor(model, lora_rank=2), tmp_path) is None
+        model.model.layers[1].mlp.up_proj.weight[:, 5].mul_(1.001)
+    with pytest.raises(NotSharedError, match="other weights"):
+        reward_on(Actor(model, lora_rank=2), tmp_path)
 
 
 def test_a_fingerprint_is_of_the_weights_below_adapters() -> None:
     model = loud(tiny_llama())
-    plain = fingerprint(model.model.state_dict())
+    plain = fingerprint(model.config, model.model.state_dict())
     adapted = stir_adapters(Actor(deepcopy(model), lora_rank=2))
-    assert fingerprint(trunk_of(adapted.model).state_dict()) == plain
-    assert fingerprint(loud(tiny_llama(), seed=1).model.state_dict()) != plain
+    assert fingerprint(model.config, trunk_of(adapted.model).state_dict()) == plain
+    assert fingerprint(model.config, loud(tiny_llama(), seed=1).model.state_dict()) != plain
 
 
 def test_a_critic_wants_no_more_layers_than_there_are() -> None:

@@ -81,9 +81,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 
 def trainer(ppo: PPO | None = None, lr: float = 1.0, reward_model: Any = None, **changes: Any) -> PPOTrainer:
     """A trainer with plain SGD, whose step of size 1 is the gradient."""
     ppo = ppo or algorithm()
+    learn = [torch.optim.SGD(model.parameters(), lr=lr) for model in dict.fromkeys((ppo.actor, ppo.critic))]
     return PPOTrainer(
-        NaiveStrategy("cpu"), ppo.actor, ppo.critic, reward_model or CountsToken(5), ppo.reference,
-        torch.optim.SGD(ppo.actor.parameters(), lr=lr), torch.optim.SGD(ppo.critic.parameters(), lr=lr),
+        NaiveStrategy("cpu"), ppo.actor, ppo.critic, reward_model or CountsToken(5), ppo.reference, learn[0], learn[-1],
         settings=ppo.settings, **changes,
     )  # fmt: skip
 

@@ -117,10 +117,25 @@ def test_adapters_on_one_backbone_find_the_better_arm(kind: str) -> None:
     )
 
 
+def test_what_one_role_learns_may_not_move_another() -> None:
+    policy = actor(0)
+    for roles in ({"critic": Critic(policy.model.model).double()}, {"initial_model": Actor(policy.model)}):
+        given = {"critic": critic(1), "initial_model": None, **roles}
+        optimizers = [torch.optim.SGD(model.parameters()) for model in (policy, given["critic"])]
+        with pytest.raises(ValueError, match="would also move the"):
+            PPOTrainer(
+                NaiveStrategy("cpu"), policy, given["critic"], CountsToken(1), given["initial_model"], *optimizers
+            )
+    one = hydra()
+    with pytest.raises(ValueError, match="which one optimizer learns"):
+        PPOTrainer(NaiveStrategy("cpu"), one, one, CountsToken(1), None,
+                   torch.optim.SGD(one.model.parameters()), torch.optim.SGD(one.value_head.parameters()))  # fmt: skip
+
+
 def test_a_hydra_that_is_not_one_network_is_refused() -> None:
     with pytest.raises(ValueError, match="give one network as both"):
         PPO(hydra(), hydra(), None)
-    with pytest.raises(ValueError, match="level='sequence' but the critic's is 'token'"):
+    with pytest.raises(ValueError, match="a hydra gives values per token only"):
         model = hydra()
         trainer(PPO(model, model, None, PPOSettings(level="sequence")))
     with pytest.raises(ValueError, match="value_coef=0"):
