@@ -250,6 +250,8 @@ def reward_on(actor: Actor, directory: str | Path) -> RewardModel:
     model = RewardModel(
         backbone_of(actor), head, adapter["r"], pooling=known["pooling"], lora_alpha=adapter["lora_alpha"]
     )
+    if footprint.current() is not None:
+        return model  # the adapter is of the whole network's layers
     tensors = load_file(folder / "adapter_model.safetensors")
     own = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     told = set_peft_model_state_dict(model.model, own, adapter_name="default")

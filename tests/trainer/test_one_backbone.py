@@ -124,8 +124,9 @@ def test_what_one_role_learns_may_not_move_another() -> None:
         optimizers = [torch.optim.SGD(model.parameters()) for model in (policy, given["critic"])]
         with pytest.raises(ValueError, match="would also move the"):
             PPOTrainer(
-                NaiveStrategy("cpu"), policy, given["critic"], CountsToken(1), given["initial_model"], *optimizers
-            )
+                NaiveStrategy("cpu"), policy, given["critic"], CountsToken(1), given["initial_model"], *optimizers,
+                settings=PPOSettings(kl_coef=0.0 if given["initial_model"] is None else 0.1),
+            )  # fmt: skip
     one = hydra()
     with pytest.raises(ValueError, match="which one optimizer learns"):
         PPOTrainer(NaiveStrategy("cpu"), one, one, CountsToken(1), None,
