@@ -84,15 +84,20 @@ def reward(work: Work) -> list[tuple[float, int]]:
     model = AutoRM(folder)
     set_up_machine(num_parameters(model))
     size = model.model.config.vocab_size
-    trainer = RewardModelTrainer(model, strategy, adam(model), [], None, max_norm=1.0, scheduler="constant")
 
-    def step(number: int) -> int:
+    def comparisons(number: int) -> PreferenceBatch:
         ids, mask = batch(work.texts(size, number) + work.texts(size, number, kind=1))
         rows = torch.arange(work.rows)
-        trainer.training_step(
-            PreferenceBatch(ids, mask, rows, rows + work.rows, torch.zeros(work.rows), torch.ones(work.rows).bool())
-        )
-        return int(mask.sum())
+        return PreferenceBatch(ids, mask, rows, rows + work.rows, torch.zeros(work.rows), torch.ones(work.rows).bool())
+
+    trainer = RewardModelTrainer(
+        model, strategy, adam(model), [comparisons(0)], None, max_norm=1.0, scheduler="constant"
+    )
+
+    def step(number: int) -> int:
+        given = comparisons(number)
+        trainer.training_step(given)
+        return int(given.attention_mask.sum())
 
     return timed(work, step)
 

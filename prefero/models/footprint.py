@@ -25,10 +25,11 @@ _WHOLE = "num_layers_of_the_whole"
 class Shortened:
     """Networks built inside `shortened` have so many layers, by how many they really have (`whole`: all that were met).
 
-    Where nothing is said they have one. Networks of one depth stay alike, so that roles can share them.
+    Where nothing is said they have `least`. Networks of one depth stay alike, so that roles can share them.
     """
 
     depths: Mapping[int, int]
+    least: int = 1
     whole: set[int] = field(default_factory=set)
 
     def shorten(self, config: Any, num_layers: int | None) -> Any:
@@ -36,7 +37,7 @@ class Shortened:
         whole = min(getattr(config, _WHOLE, config.num_hidden_layers), num_layers or config.num_hidden_layers * 10**6)
         self.whole.add(whole)
         kinds = getattr(config, "layer_types", None)
-        config.num_hidden_layers = min(whole, self.depths.get(whole, 1))
+        config.num_hidden_layers = min(whole, self.depths.get(whole, self.least))
         if kinds is not None:
             config.layer_types = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
         setattr(config, _WHOLE, whole)

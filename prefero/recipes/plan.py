@@ -170,6 +170,7 @@ def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tupl
 def foretell(config: Config, command: str = "pipeline", ranks: int = 1) -> Forecast:
     """What `command` with this config will take. Raises ValueError as the run itself would before it starts."""
     sources = preflight(config, command)
+    least = _least(config)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         first, depths = _try(config, command, sources, {}, ranks, run)
@@ -177,12 +178,17 @@ def foretell(config: Config, command: str = "pipeline", ranks: int = 1) -> Forec
         baseline = resident()  # with the libraries that a first step loads
         numbers = dict(first)
         for whole in depths:
-            if whole > 1:
-                deeper, _ = _try(config, command, sources, {whole: 2}, ranks, run)
+            if whole > least:
+                deeper, _ = _try(config, command, sources, {whole: least + 1}, ranks, run)
                 for key, number in first.items():
                     # A deeper network takes no less; what seems so is noise.
-                    numbers[key] += max(0.0, deeper.get(key, number) - number) * (whole - 1)
+                    numbers[key] += max(0.0, deeper.get(key, number) - number) * (whole - least)
     return Forecast(config, command, ranks, baseline, numbers, dict(_steps(config, sources)))
+
+
+def _least(config: Config) -> int:
+    """The fewest layers a short network may have: where lower ones are frozen, all that learn and one that does not."""
+    return config.model.num_layers_unfrozen + 1 if config.model.num_layers_unfrozen else 1
 
 
 def _steps(config: Config, sources: Sources) -> Iterator[tuple[str, int]]:
@@ -226,7 +232,7 @@ def _try(
             max_demonstrations=min(64, evaluate.max_demonstrations), best_of=0,
         ),
     )  # fmt: skip
-    alive, network = Alive(), Shortened(depths)
+    alive, network = Alive(), Shortened(depths, _least(config))
     trial, strategy = Trial(alive), make_strategy(short)
     with ExitStack() as stack:
         nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
