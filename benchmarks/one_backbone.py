@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -78,8 +79,9 @@ def measure(command: list[str], folder: Path, out: str) -> tuple[float, float]:
     """The highest resident set, and that of the imports, MB."""
     whole = [sys.executable, str(Path(__file__).resolve()), "--worker", *command[:1], "config.yaml", *command[1:]]
     done = subprocess.run(  # noqa: S603
-        [*whole, "--out", out, "--overwrite"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=1800
-    )
+        [*whole, "--out", out, "--overwrite"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=1800,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"},  # as the command line sets it
+    )  # fmt: skip
     highest, imports = done.stdout.strip().splitlines()[-1].split()
     return float(highest), float(imports)
 
