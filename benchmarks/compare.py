@@ -1,4 +1,4 @@
-"""Ours beside its peers, in turn on one machine: prints the tables of docs/compared.md.
+"""Ours beside its peers, in turn on one machine: prints a table.
 
 python benchmarks/compare.py [--only NAME ...] [--rounds N] [--json FILE] [--peers DIR]
 
@@ -7,7 +7,7 @@ weights), the same texts and lengths, and tells the seconds of its steps and its
 `rounds` rounds (default 3); the ratio of a round is of its two speeds, and medians are shown. Peers are installed from
 the package registry into environments of their own below `--peers` (default ~/.cache/prefero/peers). "Of the limit" is
 the time that the matrix products, or in decoding the reading of weights, would take at the rates measured in the same
-run, as a part of our time. Takes about an hour on two CPU cores, and 8 GB.
+run, as a part of our time. Needs 8 GB.
 """
 
 # ruff: noqa: S106 - tokens of a vocabulary, not secrets
