@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from prefero.cli import ENVIRONMENT
 from runs import this_machine
 from sides.work import Work
 
@@ -101,7 +102,10 @@ def python_of(name: str, folder: Path) -> str:
 def side(python: str, script: str, model: Path, work: Work) -> dict[str, Any]:
     """What one side told."""
     command = [python, str(SIDES / script), str(model), json.dumps(asdict(work))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=3600, cwd=model)  # noqa: S603
+    env = {**os.environ, **(ENVIRONMENT if script == "ours.py" else {})}  # every side as its users start it
+    done = subprocess.run(  # noqa: S603
+        command, check=False, capture_output=True, text=True, timeout=3600, cwd=model, env=env
+    )
     if done.returncode:
         raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

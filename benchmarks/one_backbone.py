@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from prefero.cli import ENVIRONMENT
 from runs import this_machine
 
 ROWS, PROMPT, ANSWER = 8, 128, 128
@@ -80,7 +81,7 @@ def measure(command: list[str], folder: Path, out: str) -> tuple[float, float]:
     whole = [sys.executable, str(Path(__file__).resolve()), "--worker", *command[:1], "config.yaml", *command[1:]]
     done = subprocess.run(  # noqa: S603
         [*whole, "--out", out, "--overwrite"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=1800,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"},  # as the command line sets it
+        env={**ENVIRONMENT, **os.environ},
     )  # fmt: skip
     highest, imports = done.stdout.strip().splitlines()[-1].split()
     return float(highest), float(imports)

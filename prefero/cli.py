@@ -19,6 +19,18 @@ _RUN_COMMANDS = {
     "ppo": "stage 3 alone: PPO against a reward",
 }
 
+ENVIRONMENT = {
+    # Idle OpenMP threads that spin steal the cores of whatever runs beside, and waking a sleeper takes longer than many
+    # a small operation: spin for some microseconds, then sleep.
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",
+    # oneDNN keeps a thousand compiled kernels, one for each shape. Texts without padding hardly ever have the same
+    # shape again, so most are dead weight: hundreds of MB, and slower than making them anew.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What must be said before torch is loaded; what the user has set stays."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
@@ -32,11 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown argument {rest[0]!r} for `prefero {known.command}`; see `prefero {known.command} --help`"
         )
     known.overrides = rest
-    # Idle OpenMP threads that spin steal the cores of whatever runs beside, and waking a sleeper takes longer than many
-    # a small operation: spin for some microseconds, then sleep. Must be set before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is shown as a backslash escape; a model may write anything.
         if isinstance(stream, io.TextIOWrapper):

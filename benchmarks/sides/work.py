@@ -23,8 +23,8 @@ class Work:
     """One piece of work.
 
     kind: decode, sft, reward, ppo. rows: texts a step; samples: answers of each prompt. prompt, new: tokens. lengths:
-    "equal" or, of answers, "geometric" (mean 30) and, of texts to learn, "ragged". dtype: bf16 or fp32. lora: PPO
-    trains adapters. steps: how many are timed, after one that is not.
+    "equal"; "geometric" for answers that are decoded (a bias on the end token: mean 30); "ragged" for texts to learn.
+    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after one that is not.
     """
 
     kind: str
@@ -52,14 +52,7 @@ class Work:
         """One answer's length."""
         if self.lengths == "ragged":  # log-normal, as answers of people are
             return max(8, min(self.new, round(draw.lognormvariate(0.0, 0.6) * self.new / 3)))
-        if self.lengths == "geometric":
-            return min(self.new, 1 + int(draw.expovariate(1 / 30)))
         return self.new
-
-    def answers(self, step: int) -> list[int]:
-        """The lengths of a step's answers in decoding, prompt by prompt."""
-        draw = self.draw(step + 500)
-        return [self.answer(draw) for _ in range(self.rows * self.samples)]
 
 
 def given() -> tuple[Path, Work]:

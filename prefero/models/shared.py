@@ -66,7 +66,6 @@ def backbone_of(actor: Actor, num_layers: int | None = None) -> Any:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLayer):
                 setattr(parent, name, child.get_base_layer())
-    vars(trunk).pop("peft_config", None)
     if num_layers is not None:
         parent, name, layers = _layers(trunk)
         keep_layers(trunk.config, num_layers)

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,9 +38,9 @@ _STEPS = 3  # the first makes optimizer states, the second is the one whose memo
 _PHASES = {"rollout": "sample", "score": "judge", "judge": "judge", "learn": "learn", "backward": "learn",
            "step": "learn", "evaluate": "evaluate", "export": "export", "load": "load"}  # fmt: skip
 MB = 1 << 20
-_KEPT = (
-    0.5  # of what comes and goes, the part more that the C library's heap takes in pieces that fit nothing (measured)
-)
+_KEPT = 0.5
+"""Of what comes and goes, the part more that the C library's heap takes, in pieces that fit nothing: so that
+benchmarks/one_backbone.py comes true."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def plan(name: str, overrides: Sequence[str], command: str = "pipeline", ranks: 
         print(line)
     tried = [] if forecast.peak <= room else list(_cures(config, command, ranks, room))
     for change, peak in tried:
-        told = "fits" if peak <= room else "not enough by itself"
+        told = "fits" if peak <= room else "not enough"
         print(f"  with {change}: {peak / MB:,.0f} MB ({told})")
     if file:
         cures = [{"change": change, "peak_mb": peak / MB} for change, peak in tried]
@@ -146,24 +146,20 @@ def plan(name: str, overrides: Sequence[str], command: str = "pipeline", ranks: 
 def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tuple[str, float]]:
     """Changes that take less memory, one upon the other, up to the first with which the run fits."""
     model, so_far = config.model, ""
-    steps: list[tuple[str, Callable[[Config], Config]]] = [
-        ("--sft.micro-batch-tokens 2048 --reward.micro-batch-tokens 2048 --ppo.micro-batch-tokens 2048",
-         lambda c: replace(c, **{name: replace(getattr(c, name), micro_batch_tokens=2048)
-                                 for name in ("sft", "reward", "ppo")})),
-        ("--engine.slots 16", lambda c: replace(c, engine=replace(c.engine, slots=16))),
-        ("--model.gradient-checkpointing true",
-         lambda c: replace(c, model=replace(c.model, gradient_checkpointing=True))),
-    ]  # fmt: skip
-    if not model.lora_rank and not model.num_layers_unfrozen:
-        steps.append(("--model.lora-rank 16", lambda c: replace(c, model=replace(c.model, lora_rank=16))))
-    if config.ppo.backbone == "separate" and not model.num_layers_unfrozen:
-        steps.append(("--ppo.backbone shared", lambda c: replace(c, ppo=replace(c.ppo, backbone="shared"))))
-    for change, make in steps:
-        try:
-            config = make(config)
-        except ConfigError:
-            continue
-        so_far = f"{so_far} {change}".strip()
+    limits = [getattr(config, stage).micro_batch_tokens for stage in ("sft", "reward", "ppo")]
+    large = [stage for stage, limit in zip(("sft", "reward", "ppo"), limits, strict=True) if not 0 < limit <= 2048]
+    changes: list[list[tuple[str, str, Any]]] = [
+        [(stage, "micro_batch_tokens", 2048) for stage in large],
+        [("engine", "slots", 16)] if config.engine.slots > 16 else [],
+        [] if model.gradient_checkpointing else [("model", "gradient_checkpointing", True)],
+        [] if model.lora_rank or model.num_layers_unfrozen else [("model", "lora_rank", 16)],
+        [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" else [],
+    ]
+    for change in filter(None, changes):
+        for section, key, value in change:
+            config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+            so_far += f" --{section}.{key.replace('_', '-')} {str(value).lower()}"
+        so_far = so_far.strip()
         peak = foretell(config, command, ranks).peak
         yield so_far, peak
         if peak <= room:
@@ -186,7 +182,8 @@ def foretell(config: Config, command: str = "pipeline", ranks: int = 1) -> Forec
                 for key, number in first.items():
                     # A deeper network takes no less; what seems so is noise.
                     numbers[key] += max(0.0, deeper.get(key, number) - number) * (whole - least)
-    return Forecast(config, command, ranks, baseline, numbers, dict(_steps(config, sources)))
+    stages = [key.removesuffix(" seconds") for key in numbers if key.endswith(" seconds")]
+    return Forecast(config, ranks, baseline, numbers, {stage: _steps(config, sources, stage) for stage in stages})
 
 
 def _least(config: Config) -> int:
@@ -194,21 +191,13 @@ def _least(config: Config) -> int:
     return config.model.num_layers_unfrozen + 1 if config.model.num_layers_unfrozen else 1
 
 
-def _steps(config: Config, sources: Sources) -> Iterator[tuple[str, int]]:
-    """How many optimizer steps (PPO: iterations) every stage has."""
-    rows: dict[str, Callable[[], int]] = {
-        "sft": lambda: len(sources.sft("train")),
-        "reward": lambda: len(sources.preferences("train")),
-    }
-    for stage, count in rows.items():
-        settings = getattr(config, stage)
-        if settings.skip:
-            continue
-        found = settings.steps
-        if not found:
-            found = settings.epochs * math.ceil(min(count(), settings.max_rows or count()) / settings.batch_size)
-        yield stage, found
-    yield "ppo", config.ppo.steps
+def _steps(config: Config, sources: Sources, stage: str) -> int:
+    """How many optimizer steps (PPO: iterations) a stage has."""
+    if stage == "ppo" or (steps := getattr(config, stage).steps):
+        return config.ppo.steps if stage == "ppo" else int(steps)
+    settings = getattr(config, stage)
+    count = len(sources.sft("train") if stage == "sft" else sources.preferences("train"))
+    return int(settings.epochs * math.ceil(min(count, settings.max_rows or count) / settings.batch_size))
 
 
 def _try(
@@ -278,7 +267,6 @@ class Forecast:
     """
 
     config: Config
-    command: str
     ranks: int
     baseline: float
     numbers: Mapping[str, float]
@@ -287,16 +275,23 @@ class Forecast:
     @property
     def stages(self) -> list[str]:
         """The stages that will run, in order."""
-        return [key.removesuffix(" seconds") for key in self.numbers if key.endswith(" seconds")]
+        return list(self.steps)
 
     def roles(self, stage: str) -> dict[str, dict[str, float]]:
         """For each network of a stage: its own weights, those it shares with another, and gradients and states."""
+        return {
+            name: {kind: size * self._part(kind) for kind, size in kinds.items()}
+            for name, kinds in self._whole_roles(stage).items()
+        }
+
+    def _whole_roles(self, stage: str) -> dict[str, dict[str, float]]:
+        """As if one process held them."""
         found: dict[str, dict[str, float]] = {}
         for key, number in self.numbers.items():
             of, _, rest = key.partition(" ")
             name, _, kind = rest.rpartition(" ")
             if name and of == stage and kind in ("weights", "shared", "learning"):
-                found.setdefault(name, {})[kind] = number * self._part(kind)
+                found.setdefault(name, {})[kind] = number
         return found
 
     def _part(self, kind: str) -> float:
@@ -309,14 +304,9 @@ class Forecast:
 
     def phases(self, stage: str) -> dict[str, float]:
         """The most that is held in each phase of a stage, the process itself included."""
-        spared = sum(
-            number * (1 - self._part(kind)) / max(self._part(kind), 1e-9)
-            for role in self.roles(stage).values()
-            for kind, number in role.items()
-            if kind != "shared"
-        )
-        kinds = [kind for role in self.roles(stage).values() for kind in role.items()]
-        held = spared + sum(size for kind, size in kinds if kind != "shared")
+        kinds = [kind for role in self._whole_roles(stage).values() for kind in role.items() if kind[0] != "shared"]
+        held = sum(size for _, size in kinds)
+        spared = sum(size * (1 - self._part(kind)) for kind, size in kinds)
         found = {}
         for key, number in self.numbers.items():
             of, _, phase = key.removesuffix(" peak").partition("/")
