@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from prefero.models.lora import ADAPTER, update_of
 from prefero.models.trunk import Forwards
 
+_TOKENS = 32  # for so many at once the layout of weights is best: a step of decoding
 _SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that families give the same input, one after another: one product does for all."""
 
@@ -87,6 +89,10 @@ class _Copy:
         weight = weight.t() if isinstance(base, Conv1D) else weight
         return _Copy(weight.to(dtype).contiguous(), None if base.bias is None else base.bias.to(dtype), adapter)
 
+    def without_weight(self) -> _Copy:
+        """What `adapted` needs, so that the weight can go."""
+        return _Copy(self.weight.new_empty(0), None, self.adapter)
+
     def adapted(self, inputs: Tensor, output: Tensor) -> Tensor:
         """The output with what the adapter adds."""
         if self.adapter is None:
@@ -95,11 +101,28 @@ class _Copy:
         return output + nn.functional.linear(nn.functional.linear(inputs.to(down.dtype), down), up)
 
 
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Inputs to what a linear layer makes of them; the weights laid out for it where oneDNN does bf16."""
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _lays_out():
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
+        return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
+    return lambda inputs: nn.functional.linear(inputs, weight, bias)
+
+
+@cache
+def _lays_out() -> bool:
+    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    known = all(hasattr(torch.ops.mkldnn, name) for name in names)  # torch's own, for its compiler
+    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _alone(module: Any, wanted: torch.dtype | None) -> Callable[..., Tensor]:
     own = _Copy.of(module, wanted)
+    product, dtype = _product(own.weight, own.bias), own.weight.dtype
+    own = own.without_weight()
 
     def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
-        return own.adapted(inputs, nn.functional.linear(inputs.to(own.weight.dtype), own.weight, own.bias))
+        return own.adapted(inputs, product(inputs.to(dtype)))
 
     return forward
 
@@ -108,19 +131,19 @@ def _side_by_side(modules: Sequence[Any], wanted: torch.dtype | None) -> list[Ca
     """Forwards of which the first computes for all, and the others give what it left for them."""
     copies = [_Copy.of(module, wanted) for module in modules]
     sizes = [len(own.weight) for own in copies]
-    weight = torch.cat([own.weight for own in copies])
     biases = [own.bias for own in copies if own.bias is not None]
     bias = torch.cat(biases) if len(biases) == len(copies) else None
     if biases and bias is None:  # some with, some without: no family has that, and each can do for itself
         return [_alone(module, wanted) for module in modules]
-    adapters = [_Copy(own.weight[:0], None, own.adapter) for own in copies]
+    weight = torch.cat([own.weight for own in copies])
+    product, dtype = _product(weight, bias), weight.dtype
+    adapters = [own.without_weight() for own in copies]
     seen: list[Any] = [None, ()]
 
     def forward_of(number: int) -> Callable[..., Tensor]:
         def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
             if seen[0] is not inputs:
-                together = nn.functional.linear(inputs.to(weight.dtype), weight, bias)
-                seen[:] = inputs, torch.split(together, sizes, dim=-1)
+                seen[:] = inputs, torch.split(product(inputs.to(dtype)), sizes, dim=-1)
             part: Tensor = seen[1][number]
             if number == len(sizes) - 1:
                 seen[:] = None, ()

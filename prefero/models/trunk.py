@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +144,14 @@ def replaced(forwards: Forwards) -> Iterator[None]:
     before = [(module, vars(module).get("forward")) for module, _ in forwards]
     try:
         for module, forward in forwards:
-            cast(Any, module).forward = forward  # the attribute hides the class's method until it is deleted
+            # The attribute hides the class's method until it is deleted. Set past the module's own slow way.
+            vars(module)["forward"] = forward
         yield
     finally:
         for module, own in before:
             vars(module).pop("forward", None)
             if own is not None:
-                cast(Any, module).forward = own
+                vars(module)["forward"] = own
 
 
 def full_precision_head(model: Any) -> Forwards:
@@ -194,15 +195,14 @@ def head_is_plain(model: Any) -> bool:
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, every submodule's own mode restored after; None stands for no model."""
-    modes = [(part, part.training) for model in models if model is not None for part in model.modules()]
-    for model in models:
-        if model is not None:
-            model.eval()
+    trained = [part for model in models if model is not None for part in model.modules() if part.training]
+    for part in trained:
+        part.training = False
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part in trained:
+            part.training = True
 
 
 def disable_dropout(model: Module) -> Module:

@@ -52,9 +52,9 @@ FAMILIES = {
 class Counted(NativeEngine):
     """Knows how many tokens each forward was given."""
 
-    def _forward(self, ready, ids, positions, texts, places):
+    def _forward(self, ids, positions, texts, places):
         self.given = [*getattr(self, "given", []), len(ids)]
-        return super()._forward(ready, ids, positions, texts, places)
+        return super()._forward(ids, positions, texts, places)
 
 
 def native(model, slots=8, eos=(), memory=1 << 30, make=NativeEngine):
@@ -155,7 +155,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch, family, slots):
 def test_memory_is_what_is_kept(dtype):
     model = peaked(tiny_llama()).to(dtype)
     engine = native(model, slots=3)
-    batch = engine._batch(rows_of(prompts(), SamplingParams(8, seed=3), model.config), SamplingParams(8, seed=3))
+    batch, _ = engine._batch(rows_of(prompts(), SamplingParams(8, seed=3), model.config), SamplingParams(8, seed=3))
     for _ in batch:
         pass
     kept = [pool for pools in (batch.slots.keys, batch.slots.values) for pool in pools.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from prefero.models.packing import Texts
 from prefero.models.trunk import Forwards, evaluating, full_precision_head, replaced, trunk_of
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.native.batch import Batch
+from prefero.rollout.native.fused import fused
 from prefero.rollout.native.slots import Slots
 from prefero.rollout.rows import (
     Row,
@@ -81,18 +83,34 @@ class NativeEngine:
         rows = rows_of(prompts, params, self._config)
         if not rows:
             return []
-        for _ in self._batch(rows, params):
-            pass
+        batch, ready = self._batch(rows, params)
+        with self._at_work(ready):
+            for _ in batch:
+                pass
         texts = texts_of(rows, self.tokenizer)
         return [completion_from(row, text, params) for row, text in zip(rows, texts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The completion's text in pieces as it comes; a piece never ends inside a character."""
         row = rows_of([prompt], params, self._config)[0]
-        return pieces(row, self.tokenizer, params, iter(self._batch([row], params)))
+        return pieces(row, self.tokenizer, params, self._steps(*self._batch([row], params)))
 
-    def _batch(self, rows: Sequence[Row], params: SamplingParams) -> Batch:
-        """Longest prompts first, all samples of one together."""
+    def _steps(self, batch: Batch, ready: Forwards) -> Iterator[list[Row]]:
+        """A batch's steps; the model is as it was whenever it is somebody else's turn."""
+        steps, ended = iter(batch), None
+        while ended is None or batch.waiting or batch.active:
+            with self._at_work(ready):
+                ended = next(steps)
+            yield ended
+
+    @contextmanager
+    def _at_work(self, ready: Forwards) -> Iterator[None]:
+        # no_grad, not inference_mode: buffers a model makes on the way (rotary tables) must stay usable for training.
+        with torch.no_grad(), evaluating(self.model), replaced(ready):
+            yield
+
+    def _batch(self, rows: Sequence[Row], params: SamplingParams) -> tuple[Batch, Forwards]:
+        """Longest prompts first, all samples of one together; and the forwards with which it is quick."""
         room = max(len(row.prompt.token_ids) for row in rows) + params.max_new_tokens
         self._check_rotary(room)
         count = min(len(rows), self.bounds.slots, self.bounds.memory // self._bytes(room))
@@ -106,9 +124,10 @@ class NativeEngine:
         def drawn(found: Tensor, some: Sequence[Row]) -> None:
             advance(some, found, params, self.eos_token_ids, self.tokenizer)
 
-        # Logits as the trainer computes them, and layers that have their weights at hand.
-        ready = [*full_precision_head(self._inner), *at_hand(trunk_of(self._inner))]
-        return Batch(ordered, Slots(count, room), partial(self._forward, ready), drawn, self._device())
+        # Logits as the trainer computes them, and layers that have their weights at hand and decode in few steps.
+        trunk = trunk_of(self._inner)
+        ready = [*full_precision_head(self._inner), *at_hand(trunk), *fused(trunk)]
+        return Batch(ordered, Slots(count, room), self._forward, drawn, self._device()), ready
 
     def _check_rotary(self, room: int) -> None:
         c = self._config
@@ -133,8 +152,6 @@ class NativeEngine:
         size = 2 if torch.is_autocast_enabled(self._device().type) else int(self.model.dtype.itemsize)
         return kept_per_token(trunk_of(self._inner)) * room * size
 
-    def _forward(self, ready: Forwards, ids: Tensor, positions: Tensor, texts: Texts, places: Tensor) -> Tensor:
-        # no_grad, not inference_mode: buffers a model makes on the way (rotary tables) must stay usable for training.
-        with torch.no_grad(), evaluating(self.model), replaced(ready):
-            found: Tensor = self._logits(ids=ids, positions=positions, texts=texts, places=places)
+    def _forward(self, ids: Tensor, positions: Tensor, texts: Texts, places: Tensor) -> Tensor:
+        found: Tensor = self._logits(ids=ids, positions=positions, texts=texts, places=places)
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefero.models.packing import Attending, Packing
+from prefero.rollout.native import kernels
 
 
 class Slots:
@@ -98,6 +99,11 @@ class Decode:
         """Each new token to its own text: [1, H, B, D] to [1, B, H, D]."""
         keys, values = self.slots.at(layer, key, value)
         count = len(self.lengths)
+        if kernels.available(keys.device, keys.dtype) and how.softcap is None and how.slopes is None:
+            query, key, value = (heads[0].transpose(0, 1).to(keys.dtype) for heads in (query, key, value))
+            scaling = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+            out = kernels.decode(query, key, value, None, keys, values, self.lengths, scaling, how.window)
+            return out.view(1, count, query.shape[1], -1)
         keys[self.rows, :, self.lengths] = key[0].transpose(0, 1).to(keys.dtype)
         values[self.rows, :, self.lengths] = value[0].transpose(0, 1).to(values.dtype)
         visible = self.seen.get(how.window)
