@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 EOS, FIRST = 2, 4
+WARM = 2
+"""Steps before those that are timed: the first ones fetch their memory from the system."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Work:
 
     kind: decode, sft, reward, ppo. rows: texts a step; samples: answers of each prompt. prompt, new: tokens. lengths:
     "equal"; "geometric" for answers that are decoded (a bias on the end token: mean 30); "ragged" for texts to learn.
-    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after one that is not.
+    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after `WARM` that are not.
     """
 
     kind: str
@@ -66,10 +68,11 @@ def peak_mb() -> float:
 
 
 def timed(work: Work, step: Callable[[int], int]) -> list[tuple[float, int]]:
-    """Seconds of each step and what it says it did, after one that is not timed."""
-    step(0)
+    """Seconds of each step and what it says it did, after `WARM` that are not timed."""
     found = []
-    for number in range(1, work.steps + 1):
+    for number in range(WARM):
+        step(number)
+    for number in range(WARM, WARM + work.steps):
         began = time.perf_counter()
         did = step(number)
         found.append((time.perf_counter() - began, did))

@@ -117,29 +117,33 @@ def _read(scores: Tensor, token_ids: Tensor, with_entropy: bool) -> _Rows:
     logprobs = scores.gather(1, token_ids[:, None]).squeeze(1) - normaliser
     if not with_entropy:
         return _Rows(logprobs, normaliser, normaliser.new_zeros(normaliser.shape))
-    return _Rows(logprobs, normaliser, -_expected(_log_softmax(scores, normaliser)))
+    return _Rows(logprobs, normaliser, -_expected(scores - normaliser[:, None]))
 
 
-def _log_softmax(scores: Tensor, normaliser: Tensor) -> Tensor:
-    return scores - normaliser[:, None]
+# As few tables as wide as the vocabulary as can be: a fresh one costs the system more to give than it costs to fill.
 
 
 def _expected(logs: Tensor) -> Tensor:
-    """Σ p log p, where a choice of probability 0 (log p = -inf) adds 0 and not NaN."""
-    return (logs.exp() * _floor(logs)).sum(-1)
+    """Σ p log p, where a choice of probability 0 (log p = -inf) adds 0 and not NaN; overwrites `logs`."""
+    return logs.exp().mul_(_floor_(logs)).sum(-1)
 
 
-def _floor(logs: Tensor) -> Tensor:
-    return logs.clamp_min(torch.finfo(logs.dtype).min)
+def _floor_(logs: Tensor) -> Tensor:
+    return logs.clamp_min_(torch.finfo(logs.dtype).min)
 
 
 def _slope(scores: Tensor, token_ids: Tensor, rows: _Rows, wanted: Tensor | None, spread: Tensor | None) -> Tensor:
-    """Gradient with respect to `scores` when the upstream ones are `wanted` (log-probs) and `spread` (entropy)."""
-    logs = _log_softmax(scores, rows.normaliser)
+    """Gradient with respect to `scores` when the upstream ones are `wanted` (log-probs) and `spread` (entropy).
+
+    Overwrites `scores`.
+    """
+    logs = scores.sub_(rows.normaliser[:, None])
     factor = scores.new_zeros((len(scores), 1)) if wanted is None else -wanted[:, None]
-    if spread is not None:
-        factor = factor - spread[:, None] * (_floor(logs) + rows.entropy[:, None])
-    slope = logs.exp().mul_(factor)
+    if spread is None:
+        slope = logs.exp_().mul_(factor)
+    else:
+        slope = logs.exp()
+        slope.mul_(_floor_(logs).add_(rows.entropy[:, None]).mul_(-spread[:, None]).add_(factor))
     return slope if wanted is None else slope.scatter_add_(1, token_ids[:, None], wanted[:, None])
 
 
@@ -249,11 +253,12 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def unit_slopes(head: _Head, scores: Tensor, token_ids: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
-        """[1 or 2, n, D]: how the log-probabilities (and the entropies) change with the hidden states."""
+        """[1 or 2, n, D]: how log-probabilities (and entropies) change with the hidden states; overwrites `scores`."""
         ones = torch.ones_like(rows.normaliser)
+        other = scores.clone() if settings.learns_entropy else None
         slopes = [head.pull_back(_slope(scores, token_ids, rows, ones, None))]
-        if settings.learns_entropy:
-            slopes.append(head.pull_back(_slope(scores, token_ids, rows, None, ones)))
+        if other is not None:
+            slopes.append(head.pull_back(_slope(other, token_ids, rows, None, ones)))
         return torch.stack(slopes)
 
     @staticmethod
@@ -318,7 +323,7 @@ class _Head:
         """Logits over temperature, [n, V]."""
         states = states.to(self.dtype)
         logits = states @ self.weight.t() if self.bias is None else torch.addmm(self.bias, states, self.weight.t())
-        return logits.div_(self.temperature)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def pull_back(self, slope: Tensor) -> Tensor:
         """The gradient in the states, [n, D], of a gradient in the scores."""
