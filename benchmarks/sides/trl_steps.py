@@ -19,7 +19,7 @@ from transformers import (
     AutoTokenizer,
     TrainerCallback,
 )
-from work import WARM, given, tell
+from work import given, tell
 
 folder, work = given()
 torch.set_num_threads(2)
@@ -50,7 +50,7 @@ def judge() -> Any:
 
 def steps(rows_of: Any) -> list[Any]:
     """Rows of all steps, in order: those that are not timed first."""
-    return [row for number in range(work.steps + WARM) for row in rows_of(number)]
+    return [row for number in range(work.steps + work.warm) for row in rows_of(number)]
 
 
 common: dict[str, Any] = {
@@ -61,22 +61,22 @@ common: dict[str, Any] = {
 
 
 def sft() -> list[int]:
-    texts = [work.texts(size, number) for number in range(work.steps + WARM)]
+    texts = [work.texts(size, number) for number in range(work.steps + work.warm)]
     rows = Dataset.from_dict({"input_ids": [text for some in texts for text in some]})
     config = trl.SFTConfig(
-        **common, max_steps=work.steps + WARM, max_length=work.prompt + work.new, shuffle_dataset=False
+        **common, max_steps=work.steps + work.warm, max_length=work.prompt + work.new, shuffle_dataset=False
     )
     trl.SFTTrainer(causal(), args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
     return [sum(map(len, some)) for some in texts]
 
 
 def reward() -> list[int]:
-    pairs = [(work.texts(size, number), work.texts(size, number, kind=1)) for number in range(work.steps + WARM)]
+    pairs = [(work.texts(size, number), work.texts(size, number, kind=1)) for number in range(work.steps + work.warm)]
     columns = {
         name: [text for pair in pairs for text in pair[side]]
         for side, name in enumerate(("chosen_ids", "rejected_ids"))
     }
-    config = trl.RewardConfig(**common, max_steps=work.steps + WARM, max_length=work.prompt + work.new)
+    config = trl.RewardConfig(**common, max_steps=work.steps + work.warm, max_length=work.prompt + work.new)
     trl.RewardTrainer(
         judge(), args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, callbacks=[Clock()]
     ).train()
@@ -89,7 +89,7 @@ def ppo() -> list[int]:
     tokenizer.padding_side = "left"
     rows = Dataset.from_dict({"input_ids": steps(lambda number: work.texts(size, number))})
     config = PPOConfig(
-        **common, total_episodes=work.rows * (work.steps + WARM), num_ppo_epochs=1, num_mini_batches=1,
+        **common, total_episodes=work.rows * (work.steps + work.warm), num_ppo_epochs=1, num_mini_batches=1,
         response_length=work.new, stop_token=None, num_sample_generations=0,
         local_rollout_forward_batch_size=work.rows, temperature=1.0, kl_coef=0.05,
     )  # fmt: skip
@@ -99,11 +99,11 @@ def ppo() -> list[int]:
         args=config, processing_class=tokenizer, model=policy, ref_model=causal(), reward_model=judge(),
         value_model=judge(), train_dataset=rows, eval_dataset=rows.select(range(2)), callbacks=[Clock()],
     ).train()  # fmt: skip
-    return [work.rows] * (work.steps + WARM)
+    return [work.rows] * (work.steps + work.warm)
 
 
 did = {"sft": sft, "reward": reward, "ppo": ppo}[work.kind]()
 ends = Clock.ends
-assert len(ends) == work.steps + WARM + 1, f"{len(ends) - 1} steps of {work.steps + WARM}"
+assert len(ends) == work.steps + work.warm + 1, f"{len(ends) - 1} steps of {work.steps + work.warm}"
 usual = round(sum(did) / len(did))  # it shuffles its rows, so only the mean of a step is known
-tell([(after - before, usual) for before, after in pairwise(ends[WARM:])], trl.__version__)
+tell([(after - before, usual) for before, after in pairwise(ends[work.warm :])], trl.__version__)

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 EOS, FIRST = 2, 4
-WARM = 2
-"""Steps before those that are timed: the first ones fetch their memory from the system."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Work:
 
     kind: decode, sft, reward, ppo. rows: texts a step; samples: answers of each prompt. prompt, new: tokens. lengths:
     "equal"; "geometric" for answers that are decoded (a bias on the end token: mean 30); "ragged" for texts to learn.
-    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after `WARM` that are not.
+    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after `warm` that are not.
     """
 
     kind: str
@@ -38,6 +36,11 @@ class Work:
     dtype: str = "bf16"
     lora: bool = False
     steps: int = 3
+
+    @property
+    def warm(self) -> int:
+        """Steps before those that are timed: they fetch their memory from the system, for texts of any length."""
+        return 4 if self.lengths == "ragged" else 2
 
     def draw(self, step: int) -> random.Random:
         """Random numbers that are a step's own."""
@@ -68,11 +71,11 @@ def peak_mb() -> float:
 
 
 def timed(work: Work, step: Callable[[int], int]) -> list[tuple[float, int]]:
-    """Seconds of each step and what it says it did, after `WARM` that are not timed."""
+    """Seconds of each step and what it says it did, after those that are not timed."""
     found = []
-    for number in range(WARM):
+    for number in range(work.warm):
         step(number)
-    for number in range(WARM, WARM + work.steps):
+    for number in range(work.warm, work.warm + work.steps):
         began = time.perf_counter()
         did = step(number)
         found.append((time.perf_counter() - began, did))
