@@ -1,6 +1,6 @@
-"""Ours beside its peers, in turn on one machine: prints a table.
+"""Ours beside its peers, in turn on one machine: prints the tables of docs/compared.md.
 
-python benchmarks/compare.py [--only NAME ...] [--rounds N] [--json FILE] [--peers DIR]
+python benchmarks/compare.py [--only NAME ...] [--rounds N] [--json FILE] [--peers DIR] [--profile]
 
 Every side is a process of its own (benchmarks/sides/) that is given the same model (SmolLM2-135M's shape, random
 weights), the same texts and lengths, and tells the seconds of its steps and its peak memory. Sides take turns for
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), help="these works")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="no peers: where the time of one step of ours goes")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "prefero" / "peers")
     args = parser.parse_args()
@@ -173,6 +174,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
         make_model(model)
+        if args.profile:
+            profile(args.only, model)
+            return
         pythons = {name: python_of(name, args.peers) for name in {WORKS[name][1] for name in args.only}}
         print("| work | peer | ours | theirs | ratio | memory | of the limit |\n|---|---|---|---|---|---|---|")
         for name in args.only:
@@ -184,6 +188,22 @@ def main() -> None:
         f"\n{this_machine()} Limits: {rates['fp32'] / 1e9:.0f} GFLOP/s fp32, {rates['bf16'] / 1e9:.0f} bf16, "
         f"{rates['bytes'] / 1e9:.0f} GB/s. Medians of {args.rounds} round{'s' * (args.rounds > 1)}."
     )
+
+
+def profile(names: list[str], model: Path) -> None:
+    """A table of where our time goes, in parts of a step's seconds measured without the profiler."""
+    heads: list[str] = []
+    for name in names:
+        told = side(sys.executable, "ours.py", model, replace(WORKS[name][0], profile=True))
+        parts = dict(told["steps"])
+        whole = parts.pop("whole")
+        if not heads:
+            heads = list(parts)
+            print(f"| work | seconds | {' | '.join(heads)} | the rest |\n|{'---|' * (len(heads) + 3)}")
+        shares = [parts[head] / whole for head in heads]
+        cells = " | ".join(f"{share:.0%}" for share in [*shares, max(0.0, 1 - sum(shares))])
+        print(f"| {name} | {whole:.2f} | {cells} |", flush=True)
+    print(f"\n{this_machine()}")
 
 
 def compare(name: str, work: Work, peer: str, model: Path, pythons: dict[str, str], rounds: int) -> dict[str, Any]:

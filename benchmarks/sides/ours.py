@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -44,7 +45,39 @@ def prompts(step: int, vocabulary: int) -> list[Prompt]:
     return [Prompt(f"{step}-{row}", tuple(text), f"{row}") for row, text in enumerate(texts)]
 
 
-def decode(work: Work) -> list[tuple[float, int]]:
+PARTS = {
+    "products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",
+                  "aten::_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm", "aten::_foreach_norm"),
+    "memory moved": ("aten::copy_", "aten::fill_", "aten::cat", "aten::index_select", "aten::index_copy_",
+                     "aten::index_add_", "aten::clone", "aten::_index_put_impl_"),
+}  # fmt: skip
+
+
+def parts(work: Work, step: Any) -> list[tuple[str, float]]:
+    """Seconds of one step by kind of operation; the rest of its time is Python's, and our own kernels'."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for number in range(work.warm):
+        step(number)
+    began = time.perf_counter()
+    step(work.warm)
+    whole = time.perf_counter() - began
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step(work.warm)
+    found = dict.fromkeys([*PARTS, "other operations"], 0.0)
+    for event in seen.key_averages():
+        part = next((part for part, names in PARTS.items() if event.key in names), "other operations")
+        found[part] += event.self_cpu_time_total / 1e6
+    return [("whole", whole), *found.items()]
+
+
+def told(work: Work, step: Any) -> Any:
+    return parts(work, step) if work.profile else timed(work, step)
+
+
+def decode(work: Work) -> Any:
     actor = strategy.prepare(AutoActor(folder))
     set_up_machine(num_parameters(actor))
     size = actor.model.config.vocab_size
@@ -58,7 +91,7 @@ def decode(work: Work) -> list[tuple[float, int]]:
             found = engine.generate([p for p in prompts(number, size) for _ in range(work.samples)], params)
         return sum(len(completion.token_ids) for completion in found)
 
-    return timed(work, step)
+    return told(work, step)
 
 
 def ends_after(mean: int, vocabulary: int) -> float:
@@ -66,7 +99,7 @@ def ends_after(mean: int, vocabulary: int) -> float:
     return float(torch.tensor(vocabulary / (mean - 1)).log())
 
 
-def sft(work: Work) -> list[tuple[float, int]]:
+def sft(work: Work) -> Any:
     actor = AutoActor(folder)
     set_up_machine(num_parameters(actor))
     size = actor.model.config.vocab_size
@@ -77,10 +110,10 @@ def sft(work: Work) -> list[tuple[float, int]]:
         trainer.training_step(TokenBatch(ids, mask, mask))
         return int(mask.sum())
 
-    return timed(work, step)
+    return told(work, step)
 
 
-def reward(work: Work) -> list[tuple[float, int]]:
+def reward(work: Work) -> Any:
     model = AutoRM(folder)
     set_up_machine(num_parameters(model))
     size = model.model.config.vocab_size
@@ -99,10 +132,10 @@ def reward(work: Work) -> list[tuple[float, int]]:
         trainer.training_step(given)
         return int(given.attention_mask.sum())
 
-    return timed(work, step)
+    return told(work, step)
 
 
-def ppo(work: Work) -> list[tuple[float, int]]:
+def ppo(work: Work) -> Any:
     actor = AutoActor(folder, lora_rank=16 if work.lora else 0)
     set_up_machine(num_parameters(actor))
     size = actor.model.config.vocab_size
@@ -125,7 +158,7 @@ def ppo(work: Work) -> list[tuple[float, int]]:
         trainer.step(prompts(number, size))
         return work.rows
 
-    return timed(work, step)
+    return told(work, step)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ class Work:
 
     kind: decode, sft, reward, ppo. rows: texts a step; samples: answers of each prompt. prompt, new: tokens. lengths:
     "equal"; "geometric" for answers that are decoded (a bias on the end token: mean 30); "ragged" for texts to learn.
-    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after `warm` that are not.
+    dtype: bf16 or fp32. lora: PPO trains adapters. steps: how many are timed, after `warm` that are not. profile: one
+    step is told part by part instead (our side only).
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Work:
     dtype: str = "bf16"
     lora: bool = False
     steps: int = 3
+    profile: bool = False
 
     @property
     def warm(self) -> int:

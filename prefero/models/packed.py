@@ -11,7 +11,14 @@ from transformers import BloomModel, PreTrainedModel
 
 from prefero.models import alibi
 from prefero.models.packing import NAME, Attending, Packing, Texts
-from prefero.models.trunk import check_length, evaluating, is_bidirectional, out_of_memory, padded_hidden_states
+from prefero.models.trunk import (
+    check_length,
+    drops_out,
+    evaluating,
+    is_bidirectional,
+    out_of_memory,
+    padded_hidden_states,
+)
 
 _KEPT = "_prefero_kept"  # of a trunk: what `kept_per_token` has found out
 _FAR, _FAR_IN_HALF = 1e-4, 1e-2  # how far hidden states may be apart, relative to all of them
@@ -20,16 +27,20 @@ _FAR, _FAR_IN_HALF = 1e-4, 1e-2  # how far hidden states may be apart, relative 
 def hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The last hidden states [B, S, D] of `token_ids` [B, S] under `attention_mask` [B, S]; zeros at padding.
 
-    Padding is not computed where the trunk can do without.
+    Padding is not computed where the trunk can do without, and beginnings that texts have in common are computed once.
     """
     # First of all: where weights are shared out, every process must try it, and at the same time.
     able = packs(trunk)
-    if attention_mask is None or bool(attention_mask.all()) or not able:
+    if attention_mask is None or not able:
+        return padded_hidden_states(trunk, token_ids, attention_mask)
+    whole = Packing.of(attention_mask, causal=not is_bidirectional(trunk.config))
+    # Where tokens are dropped out, each text has its own.
+    packing = whole if trunk.training and drops_out(trunk) else whole.sharing(token_ids)
+    if len(packing.source) == token_ids.numel():
         return padded_hidden_states(trunk, token_ids, attention_mask)
     check_length(trunk, token_ids, attention_mask)
-    packing = Packing.of(attention_mask, causal=not is_bidirectional(trunk.config))
-    packed = run(trunk, token_ids.flatten()[packing.source], packing.positions, packing)
-    apart = packed.new_zeros(token_ids.numel(), packed.shape[1]).index_copy(0, packing.source, packed)
+    packed = packing.spread(run(trunk, token_ids.flatten()[packing.source], packing.positions, packing))
+    apart = packed.new_zeros(token_ids.numel(), packed.shape[1]).index_copy(0, whole.source, packed)
     return apart.view(*token_ids.shape, -1)
 
 

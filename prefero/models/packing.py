@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+_WORTH = 15 / 16  # of all tokens: with more than these left, beginnings in common are not worth looking up
 NAME = "prefero"
 """Under which transformers knows the attention of this module."""
 
@@ -27,7 +28,8 @@ class Packing:
 
     source: [T] where each token stood in the flattened padded batch. positions: [T], counted within each text.
     index: [S, L] the packed number of each text's tokens (any, where a text has ended). place: [T] the other way
-    round, into the flattened [S, L]. lengths: [S]. causal: whether a token sees only those before it.
+    round, into the flattened [S, L]. lengths: [S]. causal: whether a token sees only those before it. shared: whether
+    some of the tokens stand in several texts.
     """
 
     source: Tensor
@@ -36,6 +38,7 @@ class Packing:
     place: Tensor
     lengths: Tensor
     causal: bool
+    shared: bool = False
 
     @staticmethod
     def of(attention_mask: Tensor, *, causal: bool = True) -> Packing:
@@ -48,6 +51,37 @@ class Packing:
         columns = torch.arange(int(lengths.max()), device=lengths.device)
         index = ((ends - lengths).unsqueeze(1) + columns).clamp_max(len(source) - 1)
         return Packing(source, positions, index, text * len(columns) + positions, lengths, causal)
+
+    def sharing(self, token_ids: Tensor) -> Packing:
+        """The same with beginnings that texts have in common (prompts) packed once; token_ids: the padded batch [B, S].
+
+        What a causal network computes for them is the same in each. As it was where that would spare too little.
+        """
+        columns = torch.arange(self.index.shape[1], device=self.index.device)
+        real = columns < self.lengths.unsqueeze(1)
+        ids = token_ids.flatten()[self.source][self.index].masked_fill(~real, -1)
+        order = torch.tensor(sorted(range(len(ids)), key=ids.tolist().__getitem__), device=ids.device)
+        ids, real = ids[order], real[order]
+        # In this order a text shares most with the one before it: as many tokens as they begin with alike.
+        alike = ((ids[1:] == ids[:-1]) & real[1:]).long().cumprod(1).bool()
+        first = real & ~torch.cat([torch.zeros_like(real[:1]), alike])
+        if not self.causal or int(first.sum()) > _WORTH * len(self.source):
+            return self
+        number = (first.flatten().cumsum(0) - 1).clamp_min(0).view_as(ids)  # a row may hold nothing at all
+        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+        holder = torch.where(first, rows, 0).cummax(0).values
+        index = torch.empty_like(number)
+        index[order] = number.gather(0, holder)
+        place = (order.unsqueeze(1) * len(columns) + columns)[first]
+        source = self.source[self.index.flatten()[place]]
+        return Packing(source, (columns + torch.zeros_like(rows))[first], index, place, self.lengths, True, shared=True)
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """From packed vectors [T, D] to those of all real tokens, text by text."""
+        if not self.shared:
+            return packed
+        real = torch.arange(self.index.shape[1], device=self.index.device) < self.lengths.unsqueeze(1)
+        return packed.index_select(0, self.index[real])
 
     def apart(self, packed: Tensor) -> Tensor:
         """From heads of packed tokens [1, H, T, D] to texts [S, H, L, D]."""

@@ -223,6 +223,16 @@ def disable_dropout(model: Module) -> Module:
     return model
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether a model drops anything out while it trains."""
+    return any(
+        value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and (name == "p" or "drop" in name)
+    )
+
+
 def freeze(model: Module) -> Module:
     """Stops all learning of a model in place (no gradients, evaluation mode) and returns it."""
     model.requires_grad_(False)

@@ -48,11 +48,14 @@ def _required() -> Iterator[str]:
 def _machine() -> Iterator[str]:
     import torch  # only now: that it is there was looked up first
 
+    from prefero.rollout.native import kernels
     from prefero.strategies.cpu import prefer_onednn_fp32, supports_bf16
 
     yield f"cpu: {os.cpu_count()} cores, bf16 {'yes' if supports_bf16() else 'no (fp32 is used)'}"
     route = "oneDNN" if prefer_onednn_fp32() else "the default library"
     yield f"fp32 matrix products: {route} (the faster exact one here)"
+    compiled = kernels.available(torch.device("cpu"), torch.float32)
+    yield "sampling: " + ("with compiled kernels" if compiled else "slower, for want of a C++ compiler (c++, or $CXX)")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     yield f"memory: {memory / 2**30:.1f} GiB" if memory else "memory: unknown"
     yield f"disk free here: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB"

@@ -70,7 +70,7 @@ def _plain(settings: Mapping[str, Any]) -> Any:
 @cache
 def _own_code() -> str:
     folder = Path(prefero.__file__).parent
-    contents = (file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    contents = (file.read_bytes() for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]))
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:12]
 
 

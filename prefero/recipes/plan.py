@@ -328,7 +328,7 @@ class Forecast:
         return every + examined * self.numbers.get(f"{stage} evaluation", 0.0)
 
     def speed(self, stage: str) -> float:
-        """Tokens learned from a second."""
+        """Tokens computed to learn from, a second: beginnings that texts share count once."""
         tokens = [n for key, n in self.numbers.items() if key.startswith(f"{stage} ") and key.endswith(" tokens")]
         return max(tokens, default=0.0) / self.numbers[f"{stage} seconds"]
 

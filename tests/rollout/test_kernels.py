@@ -14,6 +14,7 @@ from prefero.models.trunk import trunk_of
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.native import kernels
 from prefero.rollout.native.fused import fused
+from prefero.rollout.native.slots import Decode, Slots
 from tests.rollout.test_engines import peaked, prompts, same
 from tests.rollout.test_native_batch import SIZES, native
 
@@ -140,6 +141,59 @@ def test_layers_that_do_something_else_keep_their_own_way() -> None:
     odd.model.layers[1].mlp.act_fn = Louder()
     assert native(odd).generate(prompts(), SamplingParams(4, seed=3))
     assert not fused(trunk_of(odd)), "what the trial has shown"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_go_their_own_way(dtype) -> None:
+    torch.manual_seed(1)
+    model = peaked(AutoModelForCausalLM.from_config(FITS["llama"]()))
+    assert native(model).generate(prompts(), SamplingParams(2, seed=3))
+    if dtype is torch.float64:
+        assert native(model.double()).generate(prompts(), SamplingParams(4, seed=3))
+    else:
+        with torch.autocast("cpu", dtype):
+            assert native(model).generate(prompts(), SamplingParams(4, seed=3))
+
+
+def test_what_cpp_would_read_is_looked_at_before() -> None:
+    heads, pools, lengths = torch.ones(2, 1, 8), [torch.ones(2, 1, 4, 8) for _ in range(2)], torch.tensor([0, 2])
+    wrong = [
+        (heads, heads, heads.bfloat16(), None, *pools, lengths, 1.0, None),
+        (heads, heads, heads, None, *pools, lengths.int(), 1.0, None),
+        (heads, heads, heads, None, pools[0], pools[1][..., :6], lengths, 1.0, None),
+        (heads, heads, heads, (torch.ones(2, 4), torch.ones(2, 4)), *pools, lengths, 1.0, None),
+        (torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8), None, *pools, torch.ones(3).long(), 1.0, None),
+    ]
+    for given in wrong:
+        with pytest.raises(ValueError, match="give "):
+            kernels.decode(*given)
+    with pytest.raises(ValueError, match="give float32 rows"):
+        kernels.norm(torch.ones(2, 8), torch.ones(8).bfloat16(), 1e-5, torch.float32)
+    with pytest.raises(ValueError, match="give gates"):
+        kernels.gate(torch.ones(2, 8), torch.ones(2, 7))
+    with pytest.raises(ValueError, match="give more room"):
+        Decode(Slots(2, 4), torch.tensor([1, 4]))
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PREFERO_CACHE", str(tmp_path))
+    code = "import torch; from prefero.rollout.native import kernels; " \
+           "print(kernels.available(torch.device('cpu'), torch.float32))"  # fmt: skip
+
+    def found() -> str:
+        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+    assert found() == "True"
+    (library,) = tmp_path.rglob("*.so")
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    library.write_bytes(b"not a library")
+    library.chmod(0o666)
+    assert found() == "True", "it is made anew"
+    assert library.stat().st_size > 1000
+    library.parent.chmod(0o777)
+    library.write_bytes(b"not a library")
+    assert found() == "True", "it is made elsewhere"
+    assert library.read_bytes() == b"not a library"
 
 
 @pytest.mark.parametrize("missing", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"PREFERO_KERNELS": "0"}])

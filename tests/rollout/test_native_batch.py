@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -43,6 +44,16 @@ FAMILIES = {
     "gemma": lambda: GemmaConfig(**SIZES),
     "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=4, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=4, query_pre_attn_scalar=8),
+    "deepseek": lambda: DeepseekV3Config(  # keys are longer than values
+        **{k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")},
+        num_key_value_heads=4,
+        first_k_dense_replace=3,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+    ),
     "gpt2": gpt2_config,
     "opt": opt_config,
     "bloom": bloom_config,

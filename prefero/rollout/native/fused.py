@@ -1,8 +1,8 @@
 """Decoder layers of Llama's kind in a few steps a token: `kernels` between the products that train.
 
-A layer of Llama, Mistral, Qwen 2 and their like is norm, attention, norm and gated layer, each added to what it was
-given. Where a layer has just these parts, and a trial shows that nothing else happens between them, decoding takes them
-in one go; whatever else it is, it goes on through its own forward.
+A layer of Llama, Mistral and Qwen 2 is norm, attention, norm and gated layer, each added to what it was given. Where a
+layer is one of these, has just these parts, and a trial shows the same numbers, decoding takes them in one go; whatever
+else it is (others look like these, but scale what they ask by its position), it goes on through its own forward.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from prefero.models.trunk import Forwards, evaluating, out_of_memory, replaced
 from prefero.rollout.native import kernels
 from prefero.rollout.native.slots import Decode, Prefill, Slots
 
+_LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 _PARTS = {
     "": {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
@@ -45,13 +46,15 @@ def _fits(trunk: Any) -> bool:
     if not kernels.available(trunk.device, torch.float32) or getattr(trunk.config, "sliding_window", None) is not None:
         return False
     for layer in getattr(trunk, "layers", [None]):
+        if type(layer).__name__ not in _LAYERS:
+            return False
         for name, parts in _PARTS.items():
             module: Any = getattr(layer, name, None) if name else layer
             if not isinstance(module, nn.Module) or {child for child, _ in module.named_children()} != parts:
                 return False
         plain = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        if not plain or not all(hasattr(norm, "variance_epsilon") for norm in norms):
+        if not plain or not all(hasattr(norm, "variance_epsilon") for norm in norms):  # a family may change
             return False
     return True
 
@@ -63,11 +66,11 @@ def _forward(layer: Any, number: int) -> Callable[..., Tensor]:
         return kernels.norm(x, module.weight, module.variance_epsilon, dtype)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if hidden_states.dtype != torch.float32:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        # The model may have moved, or what it computes in, since it was tried.
+        if hidden_states.dtype != torch.float32 or not kernels.available(hidden_states.device, dtype):
             found: Tensor = usual(hidden_states, *args, **kwargs)
             return found
-        half = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if half else torch.float32
         x = hidden_states[0]
         x = x + _attended(layer.self_attn, number, norm(layer.input_layernorm, x, dtype), kwargs)
         read = norm(layer.post_attention_layernorm, x, dtype)

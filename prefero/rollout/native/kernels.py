@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,13 +51,19 @@ def decode(
     """
     texts, heads, dim = query.shape
     query, key, value = (_rows(part) for part in (query, key, value))
-    cosine, sine = (None, None) if turn is None else (part.float().contiguous() for part in turn)
+    angles = [] if turn is None else [part.float().contiguous() for part in turn]
+    cosine, sine = [part.data_ptr() for part in angles] or (None, None)
+    _check({key.dtype, value.dtype, keys.dtype, values.dtype} == {query.dtype}, "tensors of one precision")
+    _check(lengths.dtype is torch.int64 and lengths.shape == (texts,), "a length for each text")
+    _check(all(part.is_contiguous() for part in (keys, values, lengths)), "keys, values and lengths in one piece")
+    _check(keys.shape == values.shape and len(keys) >= texts and keys.shape[3] == dim, "a slot for each text")
+    _check(key.shape == value.shape == (texts, keys.shape[1], dim) and heads % keys.shape[1] == 0, "heads that fit")
+    _check(all(part.shape == (texts, dim) for part in angles), "an angle for each number of a head")
     out = torch.empty(texts, heads * dim, dtype=query.dtype)
     _library_for("decode", query.dtype)(
         query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
-        None if cosine is None else cosine.data_ptr(), None if sine is None else sine.data_ptr(), keys.data_ptr(),
-        values.data_ptr(), lengths.data_ptr(), out.data_ptr(), texts, heads, keys.shape[1], dim, keys.shape[2],
-        window or 0, scaling,
+        cosine, sine, keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), out.data_ptr(), texts, heads,
+        keys.shape[1], dim, keys.shape[2], window or 0, scaling,
     )  # fmt: skip
     return out
 
@@ -66,6 +73,9 @@ def norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tenso
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype)
     dim = x.shape[-1]
+    _check(
+        x.dtype is weight.dtype is torch.float32 and weight.shape == (dim,), "float32 rows and a weight of their size"
+    )
     _library_for("norm", dtype)(
         x.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr(), x.numel() // dim, dim
     )  # fmt: skip
@@ -75,11 +85,18 @@ def norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tenso
 def gate(gates: Tensor, through: Tensor) -> Tensor:
     """SiLU(gates) * through, [B, D] each, rows perhaps apart (arXiv:2002.05202)."""
     out = torch.empty(gates.shape, dtype=gates.dtype)
+    _check(gates.shape == through.shape and gates.dtype is through.dtype, "gates and what they let through alike")
     gates, through = _rows(gates), _rows(through)
     _library_for("gate", gates.dtype)(
         gates.data_ptr(), gates.stride(0), through.data_ptr(), through.stride(0), out.data_ptr(), *gates.shape
     )
     return out
+
+
+def _check(fits: bool, wanted: str) -> None:
+    """What C++ reads it does not look at."""
+    if not fits:
+        raise ValueError(f"give {wanted}")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -99,29 +116,48 @@ def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
     if os.environ.get("PREFERO_KERNELS") == "0":
         return None
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = shutil.which(command[0])
     if compiler is None:
         return None
     source = resources.files("prefero.rollout.native").joinpath("kernels.cpp").read_text(encoding="utf-8")
-    told = "\n".join([source, compiler, *_FLAGS, platform.machine(), _processor()])
-    home = cache_root() / "kernels" / f"{hashlib.sha256(told.encode()).hexdigest()[:20]}.so"
+    changed = str(Path(compiler).stat().st_mtime_ns)  # a new version of it
+    told = "\n".join([source, *command, compiler, changed, *_FLAGS, platform.machine(), _processor()])
+    name = f"{hashlib.sha256(told.encode()).hexdigest()[:20]}.so"
     try:
-        if not home.is_file():
-            _compile(compiler, source, home)
-        return ctypes.CDLL(str(home))
+        folder = cache_root() / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _ours_alone(folder):
+            return _loaded(command, source, folder / name)
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        with tempfile.TemporaryDirectory() as private:  # once loaded, a library needs no file
+            return _loaded(command, source, Path(private) / name)
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _compile(compiler: str, source: str, home: Path) -> None:
+def _ours_alone(path: Path) -> bool:
+    """Whether nobody else could have put something there: what is loaded runs."""
+    told = path.stat()
+    return not hasattr(os, "geteuid") or (told.st_uid == os.geteuid() and not told.st_mode & 0o022)
+
+
+def _loaded(command: list[str], source: str, home: Path) -> ctypes.CDLL:
+    if not (home.is_file() and _ours_alone(home)):
+        _compile(command, source, home)
+    return ctypes.CDLL(str(home))
+
+
+def _compile(command: list[str], source: str, home: Path) -> None:
     """Puts the library where it is looked for, whole or not at all."""
-    home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent) as folder:
         made, code = Path(folder) / "kernels.so", Path(folder) / "kernels.cpp"
         code.write_text(source, encoding="utf-8")
         for more in (["-fopenmp"], []):  # some compilers come without it
             done = subprocess.run(  # noqa: S603 - the user's own compiler on our own source
-                [compiler, *_FLAGS, *more, str(code), "-o", str(made)], check=False, capture_output=True, timeout=120
+                [*command, *_FLAGS, *more, str(code), "-o", str(made)], check=False, capture_output=True, timeout=120
             )
             if done.returncode == 0:
                 made.replace(home)

@@ -93,13 +93,16 @@ class Decode:
 
     def __post_init__(self) -> None:
         self.reach = int(self.lengths.max()) + 1
+        if self.reach > self.slots.room:
+            raise ValueError(f"a text of {self.reach} tokens in slots of {self.slots.room}: give more room")
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Attending) -> Tensor:
         """Each new token to its own text: [1, H, B, D] to [1, B, H, D]."""
         keys, values = self.slots.at(layer, key, value)
         count = len(self.lengths)
-        if kernels.available(keys.device, keys.dtype) and how.softcap is None and how.slopes is None:
+        plain = how.softcap is None and how.slopes is None and keys.shape[-1] == values.shape[-1]
+        if plain and kernels.available(keys.device, keys.dtype):
             query, key, value = (heads[0].transpose(0, 1).to(keys.dtype) for heads in (query, key, value))
             scaling = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
             out = kernels.decode(query, key, value, None, keys, values, self.lengths, scaling, how.window)
