@@ -92,14 +92,15 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address, size = _address(tensor), storage.nbytes()
+        address = _address(tensor)
         if address in self._known or tensor.is_meta:
             return
+        holder: Any = tensor if tensor.is_mkldnn else tensor.untyped_storage()
+        size = tensor.numel() * tensor.itemsize if tensor.is_mkldnn else holder.nbytes()
         self._known.add(address)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, address, size)
+        weakref.finalize(holder, self._gone, address, size)
 
     def _gone(self, address: int, size: int) -> None:
         self._known.discard(address)
@@ -111,4 +112,5 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    # What oneDNN has laid out in its own way has no storage to share.
+    return id(tensor) if tensor.is_mkldnn else int(tensor.untyped_storage()._cdata)

@@ -43,6 +43,16 @@ def test_what_is_alive_is_counted_and_what_is_gone_is_not() -> None:
     assert alive.now == alive.peak == 4 * (500 + 500)
 
 
+def test_what_is_laid_out_for_onednn_is_counted_too() -> None:
+    weight = torch.randn(32, 64)
+    with Alive() as alive:
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+        assert laid_out.is_mkldnn and alive.now == 4 * 32 * 64
+        torch.ops.mkldnn._linear_pointwise(torch.ones(3, 64), laid_out, None, "none", [], "")
+        del laid_out
+    assert alive.now == 0
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
