@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -56,8 +57,10 @@ evaluate: {{num_prompts: {ROWS}, max_demonstrations: {ROWS}, batch_size: {ROWS}}
 
 def prepare(folder: Path) -> None:
     """Rows, a config and the reward model."""
-    words = "the film was long and warm , and nobody in it said a word that one could have left out ; "
-    texts = [f"Review {number}: " + words * 14 for number in range(200)]
+    words = "the film was long and warm , and nobody in it said a word that one could have left out ;".split()  # noqa: SIM905
+    # No two begin alike: what texts have in common is computed once.
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=280)) for _ in range(200)]
     files = {
         "rows": [{"prompt": text[:400], "completion": text[400:]} for text in texts],
         "pairs": [{"prompt": text[:60], "chosen": text[60:120], "rejected": text[300:340]} for text in texts],
