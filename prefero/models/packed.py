@@ -35,7 +35,7 @@ def hidden_states(trunk: Any, token_ids: Tensor, attention_mask: Tensor | None) 
         return padded_hidden_states(trunk, token_ids, attention_mask)
     whole = Packing.of(attention_mask, causal=not is_bidirectional(trunk.config))
     # Where tokens are dropped out, each text has its own.
-    packing = whole if trunk.training and drops_out(trunk) else whole.sharing(token_ids)
+    packing = whole if trunk.training and drops_out(trunk) else whole.deduplicated(token_ids)
     if len(packing.source) == token_ids.numel():
         return padded_hidden_states(trunk, token_ids, attention_mask)
     check_length(trunk, token_ids, attention_mask)

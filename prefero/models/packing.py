@@ -52,7 +52,7 @@ class Packing:
         index = ((ends - lengths).unsqueeze(1) + columns).clamp_max(len(source) - 1)
         return Packing(source, positions, index, text * len(columns) + positions, lengths, causal)
 
-    def sharing(self, token_ids: Tensor) -> Packing:
+    def deduplicated(self, token_ids: Tensor) -> Packing:
         """The same with beginnings that texts have in common (prompts) packed once; token_ids: the padded batch [B, S].
 
         What a causal network computes for them is the same in each. As it was where that would spare too little.

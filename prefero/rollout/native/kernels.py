@@ -47,7 +47,8 @@ def decode(
     """Attention of one new token of each text, whose key and value are put where they belong.
 
     query: [B, heads, D]; key, value: [B, fewer heads, D], rows perhaps apart. turn: cosines and sines [B, D] of rotary
-    embeddings, applied first. keys, values: [slots, heads, room, D]. lengths: [B] before it. Returns [B, heads * D].
+    embeddings, applied first. keys, values: [slots, heads, room, D]. lengths: [B] before it, below room (`Decode` sees
+    to that). Returns [B, heads * D]. Raises ValueError for tensors that do not fit together.
     """
     texts, heads, dim = query.shape
     query, key, value = (_rows(part) for part in (query, key, value))

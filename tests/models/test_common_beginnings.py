@@ -45,7 +45,7 @@ def padded(texts: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tens
 def test_every_beginning_stands_once(left: bool) -> None:
     ids, mask = padded(TEXTS, left)
     whole = Packing.of(mask)
-    packing = whole.sharing(ids)
+    packing = whole.deduplicated(ids)
     assert packing.shared and len(packing.source) == DISTINCT
     numbers = ids.flatten()[packing.source]
     for text, row in zip(TEXTS, packing.index, strict=True):
@@ -68,10 +68,10 @@ def test_where_it_would_spare_little_nothing_is_looked_up() -> None:
     ids = torch.randint(1, 30, (4, 40))
     ids[:, 0] = 1  # a token that all begin with
     packing = Packing.of(torch.ones_like(ids))
-    assert packing.sharing(ids) is packing
+    assert packing.deduplicated(ids) is packing
     ids[3] = ids[2]
-    assert packing.sharing(ids).shared
-    assert not Packing.of(torch.ones_like(ids), causal=False).sharing(ids).shared, "each text is read as a whole"
+    assert packing.deduplicated(ids).shared
+    assert not Packing.of(torch.ones_like(ids), causal=False).deduplicated(ids).shared, "each text is read as a whole"
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -87,7 +87,7 @@ def test_log_probabilities_and_gradients_are_those_of_texts_apart(family: str, l
     found = []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(Packing, "sharing", lambda self, _: self)
+            monkeypatch.setattr(Packing, "deduplicated", lambda self, _: self)
         actor.zero_grad()
         logprobs = actor(ids, ids.shape[1] - 1, mask)
         (logprobs * mask[:, 1:] * torch.linspace(0.5, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
