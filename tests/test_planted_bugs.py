@@ -35,6 +35,8 @@ BUGS = [
     ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),
     ("positions count padding", "models/trunk.py", "attention_mask.long().cumsum(dim=-1)", "torch.ones_like(attention_mask).long().cumsum(dim=-1)", PACKING),
     ("packed texts count on from the one before", "models/packing.py", "return Packing(source, positions,", "return Packing(source, torch.arange(len(source)),", PACKING),
+    ("a block of queries sees what comes after", "models/blocks.py", "numbers[first:] > positions.unsqueeze(-1)", "numbers[first:] > positions.unsqueeze(-1) + 1", "tests/models/test_model_blocks.py"),
+    ("padded queries pass on a gradient", "models/blocks.py", "errors.masked_fill_(", "errors.masked_fill(", "tests/models/test_model_blocks.py"),
     ("the reward is read at the last column", "models/base.py", "last = sequences.shape[1] - 1 - mask.long().flip(1).argmax(dim=1)", "last = torch.full_like(mask[:, 0].long(), -1)", "tests/models/test_model_critic_and_reward.py"),
     ("padding is whatever equals the end token", "data/collate.py", "return _pad(sequences, pad_id, left=False)", "ids, _ = _pad(sequences, pad_id, left=False)\n    return ids, (ids != pad_id).long()", "tests/data"),
     ("a role on the backbone has a copy of it", "models/shared.py", "return deepcopy(model, {id(tensor): tensor for tensor in frozen})", "return deepcopy(model)", "tests/models/test_model_shared.py"),

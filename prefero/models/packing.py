@@ -9,6 +9,7 @@ interface, gets its attention from `alibi.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from prefero.models import blocks
 
 _WORTH = 15 / 16  # of all tokens: with more than these left, beginnings in common are not worth looking up
 NAME = "prefero"
@@ -83,6 +86,11 @@ class Packing:
         real = torch.arange(self.index.shape[1], device=self.index.device) < self.lengths.unsqueeze(1)
         return packed.index_select(0, self.index[real])
 
+    @cached_property
+    def alike(self) -> list[blocks.Texts]:
+        """The texts by their lengths, for attention on a CPU."""
+        return blocks.alike(self.index, self.place, self.lengths, causal=self.causal)
+
     def apart(self, packed: Tensor) -> Tensor:
         """From heads of packed tokens [1, H, T, D] to texts [S, H, L, D]."""
         texts = packed[0].transpose(0, 1).index_select(0, self.index.flatten())
@@ -94,6 +102,10 @@ class Packing:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Attending) -> Tensor:
         """Attention of each text to itself: [1, H, T, D] to [1, T, H, D]."""
+        if query.device.type == "cpu" and how.plain(self.index.shape[1]):
+            scale = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+            query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+            return blocks.attend(query, key, value, self.alike, scale, shared=self.shared).unsqueeze(0)
         query, key, value = (self.apart(part) for part in (query, key, value))
         columns = torch.arange(self.index.shape[1], device=self.index.device)
         ended = (columns < self.lengths.unsqueeze(1))[:, None, None, :]
@@ -131,6 +143,11 @@ class Attending:
     window: int | None = None
     softcap: float | None = None
     slopes: Tensor | None = None
+
+    def plain(self, length: int) -> bool:
+        """Whether nothing but the products and their scale is asked for in texts of this length."""
+        narrow = self.window is not None and self.window < length
+        return not (narrow or self.dropout or self.softcap is not None or self.slopes is not None)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, causal: bool) -> Tensor:
         """Attention of [S, H, Q, D] to [S, H or fewer, K, D]; visible: broadcastable to [S, H, Q, K], None for all.

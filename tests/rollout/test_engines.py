@@ -85,6 +85,8 @@ def llama():
 def test_logits_are_full_precision_under_autocast_as_the_trainers(llama):
     """bf16 logits between 16 and 32 are 0.125 apart: what is learned from would not be what was sampled."""
     llama.get_output_embeddings().weight.data.mul_(8)
+    for layer in llama.model.layers:  # engines round attention in ways of their own; this is about what follows
+        layer.self_attn.o_proj.weight.data.zero_()
     actor, params = Actor(llama), SamplingParams(max_new_tokens=6, temperature=1.0, seed=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         done = engine(actor, eos=()).generate(prompts((4, 4, 4, 4)), params)
@@ -94,7 +96,7 @@ def test_logits_are_full_precision_under_autocast_as_the_trainers(llama):
             theirs, logits = actor(sequences, 6), llama(sequences).logits
     ours = torch.tensor([c.logprobs for c in done])
     assert float(logits.abs().max()) > 16
-    torch.testing.assert_close(ours.float(), theirs, atol=0.03, rtol=0)
+    torch.testing.assert_close(ours.float(), theirs, atol=1e-4, rtol=0)
 
 
 def same(first, second):

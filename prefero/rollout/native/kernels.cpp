@@ -74,10 +74,10 @@ static void attend_one(const float *__restrict q, const T *__restrict keys, cons
         for (int64_t d = 0; d < dim; d++) sum[d] = 0;
         for (int64_t j = 0; j < count; j++) {
             const T *__restrict value = values + j * dim;
-            const float weight = wide(narrow<T>(of[j]));  // as torch's own attention rounds it, but not the total
+            const float weight = wide(narrow<T>(of[j] / total));
             for (int64_t d = 0; d < dim; d++) sum[d] += weight * wide(value[d]);
         }
-        for (int64_t d = 0; d < dim; d++) out[g * dim + d] = narrow<T>(sum[d] / total);
+        for (int64_t d = 0; d < dim; d++) out[g * dim + d] = narrow<T>(sum[d]);
     }
 }
 
