@@ -44,8 +44,8 @@ def test_the_size_ladder_has_the_sizes_it_names(name: str, model: str, low: floa
 
 @pytest.mark.parametrize("ranks", [8, 1024])
 def test_a_rank_of_many_holds_its_share_of_a_very_large_model(ranks: int) -> None:
-    """The short form of `benchmarks/capacity.py`: one shape of its table."""
-    asked = f"import capacity, json; print(json.dumps(capacity.held(capacity.SHAPES['7B (Llama 2)'], {ranks})))"
+    """The short form of `benchmarks/shards.py`: one shape of its table."""
+    asked = f"import json, shards; print(json.dumps(shards.held(shards.SHAPES['7B (Llama 2)'], {ranks})))"
     done = subprocess.run(
         [sys.executable, "-c", asked], check=True, capture_output=True, text=True, cwd=FOLDER, timeout=300
     )
