@@ -27,6 +27,7 @@ from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Sources, Split, spread
 from prefero.recipes.start import lasting, start_of
+from prefero.strategies.cpu import release_memory
 from prefero.trainer import RewardModelTrainer
 from prefero.trainer.split import NO_LIMIT, MicroBatchLimit
 from prefero.types import Metrics, PreferenceBatch
@@ -51,6 +52,8 @@ def train_reward(session: Session, policy: str) -> Metrics:
             frozen=frozen,
         )
     model.model.name_or_path = lasting(base)  # what the adapter's file says it stands on
+    if frozen != "fp32":
+        release_memory()  # of layers that were float32 for a moment
     if adapter is not None:
         model.load_adapter(adapter)
     set_up_machine(num_parameters(model), config.strategy.threads)

@@ -292,6 +292,8 @@ def load_policy(
         freeze_lower(model, config.model.num_layers_unfrozen)
     actor = kind(model, lora_rank)
     keep_frozen(actor, frozen)
+    if frozen != "fp32":
+        release_memory()  # of layers that were float32 for a moment
     if adapter is not None:
         actor.load_adapter(adapter)
     return actor, tokenizer
