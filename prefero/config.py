@@ -47,6 +47,12 @@ class ModelConfig:
         description="Train the policy's last so many layers only (in SFT and PPO), and what stands above them; 0: all. "
         "The reference then shares what is frozen.",
     )
+    frozen: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32",
+        description="What the matrices of linear layers below adapters are kept in, in stages that have adapters. "
+        "bf16: half the memory, rounded as a run in bf16 does anyway. int8: a quarter, with a scale for each output. "
+        "The next stage goes on with the adapter, unmerged.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
@@ -314,6 +320,10 @@ class EngineConfig:
     kind: Literal["native", "hf"] = Field(default="native", description="native, or hf.")
     slots: int = Field(default=128, ge=1, description="Completions sampled at once.")
     memory: int = Field(default=2**31, ge=1, description="Bytes for the keys and values of those (native).")
+    copies: bool = Field(
+        default=True,
+        description="Sample by copies of the weights, cast and laid out for it (native): quicker, for their memory.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -349,6 +359,11 @@ class Config:
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
 
+    @property
+    def sft_lora_rank(self) -> int:
+        """The rank of SFT's adapters."""
+        return self.model.lora_rank if self.sft.lora_rank < 0 else self.sft.lora_rank
+
     def __post_init__(self) -> None:
         for problem in _contradictions(self):
             raise ConfigError(problem)
@@ -360,6 +375,7 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield "sft.skip, reward.skip and ppo.skip are all true, so there is nothing to do; set one to false"
     yield from _about_data(c)
     yield from _about_strategy(c)
+    yield from _about_model(c)
     yield from _about_ppo(c)
     yield from _about_rewards(c)
 
@@ -383,6 +399,36 @@ def _about_strategy(c: Config) -> Iterator[str]:
             yield (
                 f"strategy.{key} {getattr(s, key)} has no effect with strategy.kind {s.kind}; leave it out, or set "
                 f"strategy.kind to {' or '.join(kinds)}"
+            )
+
+
+def _about_model(c: Config) -> Iterator[str]:
+    frozen, of_sft = c.model.frozen, 0 if c.sft.skip else c.sft_lora_rank
+    if frozen == "fp32":
+        return
+    if not (c.model.lora_rank or c.sft.lora_rank > 0 or c.reward.lora_rank):
+        yield (
+            f"model.frozen {frozen} is for weights below adapters, and no stage has any; set model.lora_rank (or "
+            "sft.lora_rank, reward.lora_rank), or model.frozen fp32"
+        )
+    if c.strategy.kind == "fsdp":
+        yield (
+            f"model.frozen {frozen} cannot be shared out by strategy.kind fsdp (nor filled in by strategy.shard_init); "
+            "use naive or ddp, or model.frozen fp32"
+        )
+    if of_sft and not c.model.path:
+        yield (
+            f"model.frozen {frozen} keeps SFT's adapter apart, so later stages read the weights below it again, and "
+            "without model.path these are drawn for SFT alone; give model.path, or set sft.lora_rank 0"
+        )
+    later = {"model.lora_rank": 0 if c.ppo.skip else c.model.lora_rank}
+    if c.reward.model == "policy" and not c.reward.skip:
+        later["reward.lora_rank"] = c.reward.lora_rank
+    for key, rank in later.items():
+        if of_sft and rank not in (0, of_sft):
+            yield (
+                f"{key} is {rank}, but with model.frozen {frozen} the adapter of SFT, of rank {of_sft}, goes on; "
+                f"set it to {of_sft}"
             )
 
 

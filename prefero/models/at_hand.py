@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prefero.models.frozen import FrozenLinear, is_plain_linear
 from prefero.models.lora import ADAPTER, update_of
 from prefero.models.trunk import Forwards
 
@@ -50,21 +51,28 @@ def at_hand(trunk: nn.Module) -> Forwards:
     return made
 
 
-def _is_linear(module: Any) -> bool:
-    # Not their descendants with ways of their own: routers, quantised layers.
-    usual = (nn.Linear.forward, Conv1D.forward)
-    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in usual
-
-
 def _gains(module: Any, wanted: torch.dtype | None) -> bool:
     """Whether a layer has an adapter that is on and plain, or weights of another precision than is wanted."""
     if not isinstance(module, LoraLayer):
-        return _is_linear(module) and wanted is not None and module.weight.dtype != wanted
+        return is_plain_linear(module) and wanted is not None and module.weight.dtype != wanted
     plain = type(module) is LoraLinear and not (module.merged or module.lora_variant or any(module.lora_bias.values()))
-    if not (plain and module.active_adapters == [ADAPTER] and _is_linear(module.get_base_layer())):
+    if not (plain and module.active_adapters == [ADAPTER] and is_plain_linear(module.get_base_layer())):
         return False
-    half = module.get_base_layer().weight.dtype.itemsize < 4
-    return wanted is not None or not half
+    return wanted is not None or _computes_in(module.get_base_layer()).itemsize >= 4
+
+
+def _computes_in(base: Any) -> torch.dtype:
+    """What a linear layer computes in where nothing is cast."""
+    dtype: torch.dtype = torch.float32 if isinstance(base, FrozenLinear) else base.weight.dtype
+    return dtype
+
+
+def _matrix(base: Any, dtype: torch.dtype) -> Tensor:
+    """A linear layer's matrix [out, in]."""
+    if isinstance(base, FrozenLinear):
+        return base.matrix(dtype)
+    weight: Tensor = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    return weight.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -79,15 +87,14 @@ class _Copy:
     def of(module: Any, wanted: torch.dtype | None) -> _Copy:
         adapted = isinstance(module, LoraLayer) and not module.disable_adapters
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        weight, dtype = base.weight, wanted or base.weight.dtype
-        adapter = None
+        dtype = wanted or _computes_in(base)
+        weight, adapter = _matrix(base, dtype), None
         if adapted and dtype.itemsize >= 4:
-            weight = weight.to(dtype) + update_of(module).to(dtype)
+            weight = weight + update_of(module).to(dtype)
         elif adapted:
             left, right = (getattr(module, f"lora_{part}")[ADAPTER].weight for part in "AB")
             adapter = left.to(dtype), right.to(dtype) * module.scaling[ADAPTER]
-        weight = weight.t() if isinstance(base, Conv1D) else weight
-        return _Copy(weight.to(dtype).contiguous(), None if base.bias is None else base.bias.to(dtype), adapter)
+        return _Copy(weight.contiguous(), None if base.bias is None else base.bias.to(dtype), adapter)
 
     def without_weight(self) -> _Copy:
         """What `adapted` needs, so that the weight can go."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefero.models.base import LM, Actor, Critic, RewardModel
+from prefero.models.frozen import keep_frozen
 from prefero.models.loading import LoadOptions, build, enable_checkpointing, load_config
 
 
@@ -58,6 +59,7 @@ class AutoActor(Family, Actor):
         load = LoadOptions(**options)
         model = self._network(AutoModelForCausalLM, pretrained, config, checkpoint, load)
         super().__init__(model, lora_rank, lora_train_bias, load.lora_alpha)
+        keep_frozen(self, load.frozen)
 
 
 class AutoLM(Family, LM):
@@ -75,6 +77,7 @@ class AutoLM(Family, LM):
         load = LoadOptions(**options)
         model = self._network(AutoModelForCausalLM, pretrained, config, checkpoint, load)
         super().__init__(model, lora_rank, lora_train_bias, load.lora_alpha)
+        keep_frozen(self, load.frozen)
 
 
 class AutoCritic(Family, Critic):
@@ -95,6 +98,7 @@ class AutoCritic(Family, Critic):
         load = LoadOptions(**options)
         model = self._network(AutoModel, pretrained, config, checkpoint, load)
         super().__init__(model, value_head, lora_rank, lora_train_bias, use_action_mask, level, load.lora_alpha)
+        keep_frozen(self, load.frozen)
 
 
 class AutoRM(Family, RewardModel):
@@ -112,5 +116,6 @@ class AutoRM(Family, RewardModel):
         load = LoadOptions(**options)
         model = self._network(AutoModelForSequenceClassification, pretrained, config, checkpoint, load, new_head=True)
         super().__init__(model, None, lora_rank, lora_train_bias, lora_alpha=load.lora_alpha)
+        keep_frozen(self, load.frozen)
         if pretrained is not None:
             self.restore_bias(pretrained)

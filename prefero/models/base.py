@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from prefero.functional import logprobs as lp
 from prefero.functional import masked
 from prefero.models.export import read_head_bias, save_folder, save_reward_folder
+from prefero.models.frozen import keep_frozen
 from prefero.models.generation import action_mask_of, eos_ids, generate, leading_padding_mask
 from prefero.models.loading import load_reward_backbone, new_reward_head, resolve
 from prefero.models.lora import LoRAModule, below, merged, unmerged
@@ -350,9 +351,11 @@ class RewardModel(LoRAModule):
     def from_pretrained(cls, directory: str | Path, **options: Any) -> RewardModel:
         """Reads what `save_pretrained` wrote, or any folder that can hold a reward model (a missing head is drawn).
 
-        options: those of `loading.LoadOptions`.
+        options: those of `loading.LoadOptions`; with frozen "bf16" or "int8" all its linear layers are kept so, below
+        the head, and do not learn.
         """
         model = RewardModel(load_reward_backbone(directory, **options))
+        keep_frozen(model, options.get("frozen", "fp32"), all_layers=True)
         model.restore_bias(directory)
         return model
 

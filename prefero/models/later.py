@@ -65,6 +65,12 @@ def store(network: Any, source: str) -> set[str]:
     return {full for full, _, _, parameter in places if id(parameter) not in known}
 
 
+def stored_in_parts(source: str) -> bool:
+    """Whether a folder or hub name has safetensors files, from which weights can be read part by part."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return not source.endswith(".gguf") and any(_file(source, name) is not None for name in names)
+
+
 def _safetensors(source: str) -> dict[str, str]:
     """The file of every stored tensor."""
     gguf = source.endswith(".gguf")

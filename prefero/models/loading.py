@@ -22,7 +22,8 @@ from transformers.utils import logging as hf_logging
 from prefero.cache import cache_root
 from prefero.deferral import weights_deferred
 from prefero.models import footprint
-from prefero.models.later import build_without_weights, drawn, store
+from prefero.models.frozen import check_kind
+from prefero.models.later import build_without_weights, drawn, store, stored_in_parts
 from prefero.models.lora import apply_lora
 from prefero.models.trunk import disable_dropout, head_width
 
@@ -37,7 +38,9 @@ class LoadOptions:
     """How a pretrained model is read.
 
     num_layers keeps the first layers only (a cheap critic); dropout=True keeps the model's own dropout, which is off
-    otherwise; lora_alpha scales an adapter's update (default: the rank, i.e. a scale of 1).
+    otherwise; lora_alpha scales an adapter's update (default: the rank, i.e. a scale of 1). frozen: what the weights
+    below adapters are kept in; where it is not "fp32", the model is built without weights, which are read or drawn a
+    layer at a time by `frozen.keep_frozen`.
     """
 
     dtype: torch.dtype | str = torch.float32
@@ -46,6 +49,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     dropout: bool = False
     lora_alpha: float | None = None
+    frozen: str = "fp32"
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -215,7 +219,13 @@ def build(
     zero bias. Raises ValueError when any other weight is missing.
     """
     changes = {"num_labels": 1} if new_head else {}
-    dtype = dtype_of(options.dtype)
+    dtype, kept = dtype_of(options.dtype), options.frozen != "fp32"
+    check_kind(options.frozen)
+    if kept and weights_deferred():
+        raise ValueError(
+            f"frozen={options.frozen!r}, but weights are filled in by a strategy that shares them out: leave "
+            "shard_init off, or use fp32"
+        )
     extra: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.attn_implementation:
         extra["attn_implementation"] = options.attn_implementation
@@ -227,29 +237,41 @@ def build(
         config = keep_layers(deepcopy(config), options.num_layers)
         for key, value in changes.items():
             setattr(config, key, value)
-        if weights_deferred():
+        if kept or weights_deferred():
             model = build_without_weights(auto_class, config, dtype=dtype, **extra)
         else:
             model = auto_class.from_config(config, dtype=dtype, **extra)
         missing: set[str] | None = None
-    elif weights_deferred():
-        config = load_config(pretrained, options, **changes)
-        model = build_without_weights(auto_class, config, dtype=dtype, **extra)
-        missing = store(model, resolve(pretrained))
-        if missing and not new_head:
-            raise ValueError(
-                f"model {str(pretrained)!r} lacks weights, or names them in an older way that cannot be read part by "
-                f"part: {', '.join(sorted(missing)[:5])}; leave shard_init off"
-            )
     else:
         config = load_config(pretrained, options, **changes)
-        model, missing = _load_weights(auto_class, str(pretrained), config, dtype, extra)
+        found = None
+        if weights_deferred() or (kept and stored_in_parts(resolve(pretrained))):
+            found = _without_weights(auto_class, str(pretrained), config, dtype, extra, new_head)
+        model, missing = found or _load_weights(auto_class, str(pretrained), config, dtype, extra)
     if new_head:
         _draw_head(model, missing)
         missing = missing and {name for name in missing if not name.startswith(_head_names(model))}
     if missing:
         raise ValueError(f"model {str(pretrained)!r} lacks weights: {', '.join(sorted(missing)[:5])}")
     return model if options.dropout else disable_dropout(model)
+
+
+def _without_weights(
+    auto_class: Any, pretrained: str, config: Any, dtype: torch.dtype, extra: dict[str, Any], new_head: bool
+) -> tuple[Any, set[str]] | None:
+    """The model that knows where its weights lie; None where they have to be read as a whole, and may be."""
+    model = build_without_weights(auto_class, config, dtype=dtype, **extra)
+    missing = store(model, resolve(pretrained))
+    if not {name for name in missing if not (new_head and name.startswith(_head_names(model)))}:
+        return model, missing
+    if not weights_deferred():
+        return None
+    if new_head:
+        return model, missing
+    raise ValueError(
+        f"model {pretrained!r} lacks weights, or names them in an older way that cannot be read part by part: "
+        f"{', '.join(sorted(missing)[:5])}; leave shard_init off"
+    )
 
 
 def _load_weights(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from prefero.models import footprint
+from prefero.models.frozen import SCALE, FrozenLinear, whole
 from prefero.models.later import drawn, fill
 from prefero.models.trunk import trunk_of
 
@@ -103,6 +106,7 @@ def merged(module: nn.Module, own: Mapping[str, Tensor], dtype: torch.dtype = to
     change share `own`'s memory.
     """
     layers = {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer)}
+    kept = {name: part for name, part in module.named_modules() if isinstance(part, FrozenLinear)}
     plain_state: dict[str, Tensor] = {}
     shared: dict[tuple[int, torch.Size], Tensor] = {}
     for name, tensor in own.items():
@@ -110,9 +114,14 @@ def merged(module: nn.Module, own: Mapping[str, Tensor], dtype: torch.dtype = to
         if plain is None:
             continue
         place = (_address(tensor), tensor.shape)
+        few = kept.get(name.removesuffix(".weight"))
         if plain != name and name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
-            plain_state[plain] = (tensor.float() + _update(layers[layer], layer, own)).to(dtype)
+            turned = layers[layer].fan_in_fan_out if few is None else False
+            weight = whole(own, name).float() + _turned(_update(layers[layer], layer, own), turned)
+            plain_state[plain] = _turned(weight, few is not None and few.turned).to(dtype).contiguous()
+        elif few is not None:
+            plain_state[plain] = _turned(whole(own, name), few.turned).to(dtype).contiguous()
         elif place in shared and tensor.numel():
             plain_state[plain] = shared[place]
         else:
@@ -121,14 +130,18 @@ def merged(module: nn.Module, own: Mapping[str, Tensor], dtype: torch.dtype = to
 
 
 def _update(layer: Any, name: str, own: Mapping[str, Tensor]) -> Tensor:
-    """What the adapter adds to its layer's weight, in float32 whatever the adapter is kept in."""
+    """What the adapter adds to its layer's weight [out, in], in float32 whatever the adapter is kept in."""
     left, right = (own[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "BA")
     update: Tensor = left @ right * layer.scaling[ADAPTER]
-    return update.t() if layer.fan_in_fan_out else update
+    return update
+
+
+def _turned(matrix: Tensor, turned: bool) -> Tensor:
+    return matrix.t() if turned else matrix
 
 
 def update_of(layer: Any) -> Tensor:
-    """What the adapter of a layer adds to its weight, as that is stored, in float32."""
+    """What the adapter of a layer adds to its weight [out, in], in float32."""
     own = {f".lora_{part}.{ADAPTER}.weight": getattr(layer, f"lora_{part}")[ADAPTER].weight for part in "AB"}
     return _update(layer, "", own)
 
@@ -139,8 +152,8 @@ def _address(tensor: Tensor) -> int:
 
 
 def plain_name(name: str) -> str | None:
-    """A parameter's name in the model without adapters; None for the adapter's own parameters."""
-    if ".lora_" in name:
+    """A parameter's name in the model without adapters; None for the adapter's own, and for scales of int8 matrices."""
+    if ".lora_" in name or name.endswith(SCALE):
         return None
     return name.replace(".base_layer.", ".")
 
@@ -150,8 +163,14 @@ def unmerged(module: nn.Module, own: Mapping[str, Tensor], plain: Mapping[str, T
     """Plain weights under the names of a module whose state is `own`, with or without adapters.
 
     With adapters the weights become the base and the adapters start again from zero effect (B = 0), so the function is
-    that of the plain weights. One of two tied names is enough. Raises ValueError for weights of something else.
+    that of the plain weights. One of two tied names is enough. Raises ValueError for weights of something else, and
+    where weights are kept in few bytes: rounding what was merged would lose what adapters have learned.
     """
+    if any(isinstance(part, FrozenLinear) for part in module.modules()):
+        raise ValueError(
+            "the model keeps frozen weights in few bytes, and rounding these would lose what adapters have learned; "
+            "use save_adapter and load_adapter, or read them into a model with frozen='fp32'"
+        )
     places = {name: of for of in own if (name := plain_name(of)) is not None}
     state = {places.get(name, name): tensor for name, tensor in plain.items()}
     if not state.keys() & own.keys():
@@ -193,10 +212,71 @@ def save_adapter(model: Any, directory: str | Path, own: Mapping[str, Tensor] | 
     config.save_pretrained(str(folder))
 
 
+def load_adapter(model: Any, directory: str | Path) -> None:
+    """Gives a model's adapter the values that `save_adapter` (or PEFT) wrote, of it or of a network around its trunk.
+
+    Raises ValueError where there is none, or it is for other layers, of another rank or scale.
+    """
+    folder = Path(directory)
+    if not has_lora(model):
+        raise ValueError(f"{folder}: the model has no adapter to give these values to: build it with lora_rank > 0")
+    stored, own = AdapterFile.of(folder), model.peft_config[ADAPTER]
+    if (stored.rank, stored.alpha) != (own.r, own.lora_alpha):
+        raise ValueError(
+            f"{folder}: the adapter has rank {stored.rank} and alpha {stored.alpha:g}, the model's {own.r} and "
+            f"{own.lora_alpha:g}: use lora_rank={stored.rank} and lora_alpha={stored.alpha:g}"
+        )
+    tensors = {name.removeprefix("base_model.model."): t for name, t in stored.tensors().items()}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in get_peft_model_state_dict(model, adapter_name=ADAPTER):
+        # A trunk's own file lacks the prefix that a model around it adds, and the other way round.
+        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in tensors), None)
+        if key is not None:
+            found[name] = tensors.pop(key)
+    told = set_peft_model_state_dict(model, found, adapter_name=ADAPTER)
+    missing = [name for name in told.missing_keys if ".lora_" in name]
+    short = footprint.current() is not None  # the adapter is of the whole network's layers
+    if missing or (tensors and not short):
+        raise ValueError(f"{folder}: the adapter is for other layers ({', '.join([*missing, *tensors][:3])})")
+
+
+class AdapterFile(NamedTuple):
+    """What a folder says of its adapter. base: the folder or name of the weights it stands on, where that is known."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    base: str | None
+
+    @staticmethod
+    def of(directory: str | Path) -> AdapterFile:
+        """Reads `adapter_config.json`. Raises ValueError when it is missing or says nothing of an adapter."""
+        file = Path(directory) / "adapter_config.json"
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            return AdapterFile(
+                Path(directory), int(told["r"]), float(told["lora_alpha"]), told["base_model_name_or_path"] or None
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} does not describe an adapter ({error}): give a folder with one") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its values, by the names of the file."""
+        file = self.folder / "adapter_model.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: give a folder with an adapter's safetensors")
+        return load_file(file)
+
+
 class LoRAModule(nn.Module):
-    """What actor, critic and reward model share: `.model`, its adapters, and checkpoints that know of them."""
+    """What actor, critic and reward model share: `.model`, its adapters, and checkpoints that know of them.
+
+    learned_before: its adapters had learned before it began: without them it is not what it began as.
+    """
 
     model: Any
+    learned_before = False
 
     def __init__(
         self, model: Any, lora_rank: int = 0, lora_train_bias: str = "none", lora_alpha: float | None = None
@@ -212,10 +292,12 @@ class LoRAModule(nn.Module):
     def reference(self) -> Iterator[None]:
         """The model as it was before its adapters learned: a reference that costs no memory.
 
-        Raises ValueError without adapters, or when biases of the base are trained too.
+        Raises ValueError without adapters, when these had learned before, or when biases of the base are trained too.
         """
         if not has_lora(self.model):
             raise ValueError("reference() switches adapters off, and there are none: use deepcopy(actor), or lora_rank")
+        if self.learned_before:
+            raise ValueError("the adapters had learned before, so the model began with them: use shared.sharing(actor)")
         bias = self.model.peft_config["default"].bias
         if bias != "none":
             raise ValueError(f"lora_train_bias={bias!r} changes the base itself: use deepcopy(actor) as the reference")
@@ -239,3 +321,8 @@ class LoRAModule(nn.Module):
         state: the module's whole state (`Strategy.whole_state`) where the live one is sharded.
         """
         save_adapter(self.model, directory, None if state is None else below("model.", state))
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Goes on from an adapter that `save_adapter` wrote. Raises ValueError where it is for another model."""
+        load_adapter(self.model, directory)
+        self.learned_before = True

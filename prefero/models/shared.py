@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from prefero.models import footprint
 from prefero.models.base import Actor, Critic, RewardModel, zero_head
 from prefero.models.loading import keep_layers
-from prefero.models.lora import below, plain_name
+from prefero.models.lora import AdapterFile, below, plain_name
 from prefero.models.packed import hidden_states
 from prefero.models.trunk import device_of, evaluating, model_inputs, score_hidden, trunk_of
 
@@ -56,15 +55,18 @@ def sharing(model: ModuleT) -> ModuleT:
     return deepcopy(model, {id(tensor): tensor for tensor in frozen})
 
 
-def backbone_of(actor: Actor, num_layers: int | None = None) -> Any:
+def backbone_of(actor: Actor, num_layers: int | None = None, *, with_adapters: bool = False) -> Any:
     """The actor's trunk for another role: without its adapters, sharing what is frozen.
 
-    num_layers: its first layers only. Raises ValueError when it has fewer.
+    num_layers: its first layers only. with_adapters: it begins with copies of the actor's. Raises ValueError when it
+    has fewer layers.
     """
     trunk = sharing(trunk_of(actor.model))
+    if with_adapters:
+        trunk.peft_config = deepcopy(actor.model.peft_config)
     for parent in list(trunk.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLayer):
+            if isinstance(child, LoraLayer) and not with_adapters:
                 setattr(parent, name, child.get_base_layer())
     if num_layers is not None:
         parent, name, layers = _layers(trunk)
@@ -130,8 +132,11 @@ def critic_on(
 ) -> Critic:
     """A critic on the actor's frozen weights, with adapters of its own (`lora_rank`), or as many layers unfrozen.
 
-    num_layers: the actor's first layers only; of these the last ones learn.
+    num_layers: the actor's first layers only; of these the last ones learn. Where the actor began with adapters that
+    had learned before, the critic begins with copies of them, whatever `lora_rank`.
     """
+    if actor.learned_before:
+        return Critic(backbone_of(actor, num_layers, with_adapters=True), level=level)
     trunk = backbone_of(actor, num_layers)
     if not lora_rank:
         _, _, whole = _layers(trunk_of(actor.model))
@@ -241,21 +246,11 @@ def reward_on(actor: Actor, directory: str | Path) -> RewardModel:
     # Short networks are drawn, each for itself: what matters of them is that they would be shared.
     if footprint.current() is None and known["fingerprint"] != fingerprint(trunk.config, state):
         raise NotSharedError("it was trained on other weights than the policy's")
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = AdapterFile.of(folder)
     stored = load_file(folder / _HEAD)
     weight = stored["weight"]
     head = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in stored)
     head.load_state_dict(stored)
-    model = RewardModel(
-        backbone_of(actor), head, adapter["r"], pooling=known["pooling"], lora_alpha=adapter["lora_alpha"]
-    )
-    if footprint.current() is not None:
-        return model  # the adapter is of the whole network's layers
-    tensors = load_file(folder / "adapter_model.safetensors")
-    own = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    told = set_peft_model_state_dict(model.model, own, adapter_name="default")
-    missing = [name for name in told.missing_keys if ".lora_" in name]
-    if told.unexpected_keys or missing:
-        odd = [*told.unexpected_keys, *missing]
-        raise ValueError(f"{folder}: the adapter is for other layers ({', '.join(odd[:3])}): train it anew")
+    model = RewardModel(backbone_of(actor), head, adapter.rank, pooling=known["pooling"], lora_alpha=adapter.alpha)
+    model.load_adapter(folder)
     return model.to(device_of(actor))

@@ -150,11 +150,12 @@ def kl_from_reference(
     """log p_policy - log p_reference summed over each completion's tokens: its mean estimates the KL in nats.
 
     The policy's log-probabilities are those kept when sampling. A LoRA actor is measured against itself with its
-    adapters off by giving that actor.
+    adapters off by giving that actor; one whose adapters had learned before needs a copy from then.
     """
     differences: list[float] = []
     device = device_of(reference)
-    with evaluating(reference), reference.reference() if has_lora(reference.model) else nullcontext():
+    without_adapters = has_lora(reference.model) and not reference.learned_before
+    with evaluating(reference), reference.reference() if without_adapters else nullcontext():
         for start in range(0, len(rollouts), batch_size):
             batch = collate_rollouts(rollouts[start : start + batch_size], device)
             assert batch.logprobs is not None, "an engine keeps the log-probability of every token"

@@ -12,7 +12,8 @@ import prefero
 from prefero.config import KINDS_OF_KEYS, Config, ConfigError, flat, to_dict
 from prefero.data.sources import local_file
 from prefero.models.loading import resolve
-from prefero.recipes.rewards import adapter_of
+from prefero.models.lora import AdapterFile
+from prefero.recipes.start import adapter_of
 from prefero.tracking.files import to_plain
 from prefero.tracking.redaction import redact
 from prefero.tracking.run_folder import versions
@@ -89,13 +90,22 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
     judges = (use.removeprefix("model:") for use in used if use.startswith("model:"))
     for name in {config.model.path, config.reward.model, *judges} - {"", "policy"}:
         try:
-            source = Path(resolve(name))
+            folders = list(_folders(name, config.model.frozen))
         except ValueError:
             continue  # of a stage that is not run, which may be yet to come; preflight has found what this one needs
-        folders = [source, *([adapter] if (adapter := adapter_of(name)) else [])]
-        files = [file for folder in folders for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
-        for file in [source] if source.is_file() else files:
-            yield f"{name} ({file.name})", file
+        for folder in folders:
+            found = (file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+            for file in [folder] if folder.is_file() else found:
+                yield f"{name} ({file.name})" if folder == folders[0] else f"{name} ({file})", file
+
+
+def _folders(name: str, frozen: str) -> Iterator[Path]:
+    """Where a model's weights lie, its adapter, and, where that goes on, what it stands on."""
+    yield Path(resolve(name))
+    if (adapter := adapter_of(name)) is not None:
+        yield adapter
+        if frozen != "fp32" and (base := AdapterFile.of(adapter).base):
+            yield Path(resolve(base))
 
 
 def _digest(file: Path) -> str:

@@ -10,6 +10,7 @@ from prefero.recipes.ppo import train_ppo
 from prefero.recipes.reward import train_reward
 from prefero.recipes.session import Session
 from prefero.recipes.sft import train_sft
+from prefero.recipes.start import adapter_of
 
 
 def run_pipeline(session: Session) -> None:
@@ -43,6 +44,8 @@ def run_pipeline(session: Session) -> None:
     assert last is not None, "a config that skips every stage is refused"
     if session.strategy.is_rank_0:
         shutil.copytree(last, session.run.model, dirs_exist_ok=True)
+        if (adapter := adapter_of(str(last))) is not None:
+            shutil.copytree(adapter, session.run.checkpoints / "adapter", dirs_exist_ok=True)
     session.finish(summary)
 
 

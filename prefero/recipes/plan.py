@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -144,8 +145,11 @@ def plan(name: str, overrides: Sequence[str], command: str = "pipeline", ranks: 
 
 
 def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tuple[str, float]]:
-    """Changes that take less memory, one upon the other, up to the first with which the run fits."""
-    model, so_far = config.model, ""
+    """Changes that take less memory, one upon the other, up to the first with which the run fits.
+
+    A change that the rest of the config does not allow is left out.
+    """
+    model, samples = config.model, command == "ppo" or (command == "pipeline" and not config.ppo.skip)
     limits = [getattr(config, stage).micro_batch_tokens for stage in ("sft", "reward", "ppo")]
     large = [stage for stage, limit in zip(("sft", "reward", "ppo"), limits, strict=True) if not 0 < limit <= 2048]
     changes: list[list[tuple[str, str, Any]]] = [
@@ -154,14 +158,22 @@ def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tupl
         [] if model.gradient_checkpointing else [("model", "gradient_checkpointing", True)],
         [] if model.lora_rank or model.num_layers_unfrozen else [("model", "lora_rank", 16)],
         [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" else [],
+        [("engine", "copies", False)] if samples and config.engine.kind == "native" and config.engine.copies else [],
+        [("model", "frozen", "bf16")] if model.frozen == "fp32" else [],
+        [("model", "frozen", "int8")] if model.frozen != "int8" else [],
     ]
+    told: dict[str, Any] = {}
     for change in filter(None, changes):
-        for section, key, value in change:
-            config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
-            so_far += f" --{section}.{key.replace('_', '-')} {str(value).lower()}"
-        so_far = so_far.strip()
-        peak = foretell(config, command, ranks).peak
-        yield so_far, peak
+        changed = config
+        try:
+            for section, key, value in change:
+                changed = replace(changed, **{section: replace(getattr(changed, section), **{key: value})})
+            peak = foretell(changed, command, ranks).peak
+        except (ConfigError, ValidationError):
+            continue
+        config = changed
+        told |= {f"{section}.{key.replace('_', '-')}": str(value).lower() for section, key, value in change}
+        yield " ".join(f"--{key} {value}" for key, value in told.items()), peak
         if peak <= room:
             return
 

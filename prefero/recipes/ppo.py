@@ -43,7 +43,8 @@ def train_ppo(session: Session, policy: str, reward_model: Path | None) -> dict[
         actor, tokenizer = load_policy(config, policy, session.sources, config.model.lora_rank, kind)
         critic = make_critic(config, policy, actor)
     set_up_machine(num_parameters(actor), config.strategy.threads)
-    reference = None if has_lora(actor.model) else frozen_copy(actor)
+    # Without its adapters an actor is what it was, unless these had learned before.
+    reference = None if has_lora(actor.model) and not actor.learned_before else frozen_copy(actor)
     backbone = None if settings.backbone == "separate" else (actor, session.say)
     examination = make_examination(config, session.sources, tokenizer, reward_model, strategy, backbone)
 

@@ -16,6 +16,7 @@ from prefero.recipes.reward import read_comparisons
 from prefero.recipes.rewards import check_part, parts_or_default
 from prefero.recipes.sft import read_demonstrations
 from prefero.recipes.sources import Sources, Split, open_sources, tell_dropped
+from prefero.recipes.start import start_of
 from prefero.strategies.naive import pick_device
 
 _SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -32,6 +33,7 @@ def preflight(config: Config, command: str) -> Sources:
     policy = _check_policy(config, command, stages, sources)
     if policy is not None:
         _check_unfrozen(config, policy.settings.get_text_config().num_hidden_layers)
+    _check_starts(config, stages)
     if "sft" in stages:
         _check_demonstrations(config, sources, policy)
     if "reward" in stages:
@@ -89,6 +91,17 @@ def _check_unfrozen(config: Config, layers: int) -> None:
             f"model.num_layers_unfrozen is {unfrozen} but the policy has {layers} layers; lower it, or set it to 0 to "
             "train all"
         )
+
+
+def _check_starts(config: Config, stages: set[str]) -> None:
+    """That what the first stages begin with can be kept as `model.frozen` says."""
+    frozen, ranks = config.model.frozen, {"sft": config.sft_lora_rank, "ppo": config.model.lora_rank}
+    for stage, rank in ranks.items():
+        if config.model.path and stage in stages and (stage == "sft" or "sft" not in stages):
+            start_of(config.model.path, frozen, rank, "model.lora_rank")
+    backbone = config.model.path if config.reward.model == "policy" else config.reward.model
+    if backbone and "reward" in stages and ("sft" not in stages or config.reward.model != "policy"):
+        start_of(backbone, frozen, config.reward.lora_rank, "reward.lora_rank")
 
 
 def _check_demonstrations(config: Config, sources: Sources, policy: _Policy | None) -> None:

@@ -26,6 +26,8 @@ from prefero.recipes.limits import Limits
 from prefero.recipes.rewards import write_statistics
 from prefero.recipes.session import Session, Steps, adamw, num_parameters, schedule, set_up_machine
 from prefero.recipes.sources import Sources, Split, spread
+from prefero.recipes.start import lasting, start_of
+from prefero.strategies.cpu import release_memory
 from prefero.trainer import RewardModelTrainer
 from prefero.trainer.split import NO_LIMIT, MicroBatchLimit
 from prefero.types import Metrics, PreferenceBatch
@@ -38,14 +40,22 @@ def train_reward(session: Session, policy: str) -> Metrics:
     backbone = policy if of_policy else settings.model
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer((of_policy and config.model.tokenizer) or backbone, trust_remote_code=trust)
+    frozen = config.model.frozen if settings.lora_rank else "fp32"
+    base, adapter = start_of(backbone, frozen, settings.lora_rank, "reward.lora_rank")
     with session.strategy.model_init_context():
         model = AutoRM(
-            pretrained=backbone,
+            pretrained=base,
             checkpoint=config.model.gradient_checkpointing,
             lora_rank=settings.lora_rank,
             trust_remote_code=trust,
             dropout=settings.dropout,
+            frozen=frozen,
         )
+    model.model.name_or_path = lasting(base)  # what the adapter's file says it stands on
+    if frozen != "fp32":
+        release_memory()  # of layers that were float32 for a moment
+    if adapter is not None:
+        model.load_adapter(adapter)
     set_up_machine(num_parameters(model), config.strategy.threads)
     limits = Limits.of(model.model.config)
     loader, heldout = (comparisons(session, tokenizer, split, limits) for split in ("train", "heldout"))

@@ -17,6 +17,7 @@ from prefero.models.base import Actor, RewardModel
 from prefero.models.loading import load_config, load_tokenizer, resolve
 from prefero.models.shared import NotSharedError, reward_on
 from prefero.recipes.limits import Limits
+from prefero.recipes.start import adapter_of
 from prefero.rewards.base import Reward
 from prefero.rewards.combined import WeightedSum
 from prefero.rewards.functions import FunctionReward, load_function
@@ -203,13 +204,6 @@ def _on_backbone(name: str, how: Judging) -> RewardModel | None:
     except NotSharedError as error:
         how.say(f"{folder}: the reward model keeps a network of its own: {error}")
         return None
-
-
-def adapter_of(name: str) -> Path | None:
-    """The adapters alone of a reward model that is the export of a run; None where there are none."""
-    folder = Path(resolve(name))
-    adapter = folder.parent / "checkpoints" / "adapter"
-    return adapter if folder.name == "model" and adapter.is_dir() else None
 
 
 def write_statistics(folder: Path, mean: float, std: float) -> None:

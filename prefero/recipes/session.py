@@ -17,20 +17,22 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from prefero.config import Config, ConfigError, to_dict
 from prefero.data.loader import Loader
 from prefero.faults import fault
 from prefero.models.base import Actor, RewardModel
-from prefero.models.loading import enable_checkpointing, load_causal_lm, load_tokenizer
+from prefero.models.frozen import keep_frozen
+from prefero.models.loading import LoadOptions, build, enable_checkpointing, load_tokenizer
 from prefero.models.lora import has_lora
 from prefero.models.shared import freeze_lower, save_reward_adapter
 from prefero.optimizer import HybridAdam
 from prefero.recipes.keeper import Keeper, Stop
 from prefero.recipes.origin import origin
 from prefero.recipes.sources import Sources, open_sources
+from prefero.recipes.start import lasting, start_of
 from prefero.strategies import DDPStrategy, FSDPStrategy, NaiveStrategy, Strategy
 from prefero.strategies.checkpoint import Checkpoints, DamagedCheckpointError
 from prefero.strategies.cpu import prefer_onednn_fp32, release_memory, set_threads
@@ -263,8 +265,12 @@ def set_up_machine(num_parameters: int, threads: int = 0) -> None:
 def load_policy(
     config: Config, path: str, sources: Sources, lora_rank: int, kind: type[Actor] = Actor
 ) -> tuple[Actor, PreTrainedTokenizerBase]:
-    """The actor, of the class `kind`, and its tokenizer from a folder or name; no path: the world's fresh model."""
+    """The actor, of the class `kind`, and its tokenizer from a folder or name; no path: the world's fresh model.
+
+    Where weights below adapters are kept in few bytes, an adapter beside the folder goes on (`start_of`).
+    """
     fault("load")
+    frozen, adapter = config.model.frozen if lora_rank else "fp32", None
     if not path:
         fresh = sources.scratch()
         if fresh is None:
@@ -276,12 +282,21 @@ def load_policy(
     else:
         trust = config.model.trust_remote_code
         tokenizer = load_tokenizer(config.model.tokenizer or path, trust_remote_code=trust)
-        model = load_causal_lm(path, trust_remote_code=trust)
+        base, adapter = start_of(path, frozen, lora_rank, "model.lora_rank")
+        options = LoadOptions(trust_remote_code=trust, frozen=frozen)
+        model = build(AutoModelForCausalLM, base, None, options)
+        model.name_or_path = lasting(base)  # what the adapter's file says it stands on
     if config.model.gradient_checkpointing:
         enable_checkpointing(model)
     if config.model.num_layers_unfrozen and not lora_rank:
         freeze_lower(model, config.model.num_layers_unfrozen)
-    return kind(model, lora_rank), tokenizer
+    actor = kind(model, lora_rank)
+    keep_frozen(actor, frozen)
+    if frozen != "fp32":
+        release_memory()  # of layers that were float32 for a moment
+    if adapter is not None:
+        actor.load_adapter(adapter)
+    return actor, tokenizer
 
 
 def adamw(

@@ -19,9 +19,8 @@ from prefero.types import TokenBatch
 def train_sft(session: Session) -> None:
     """Teaches the configured model to imitate and exports it."""
     config, settings, keeper = session.config, session.config.sft, session.keeper()
-    rank = config.model.lora_rank if settings.lora_rank < 0 else settings.lora_rank
     with session.strategy.model_init_context():
-        actor, tokenizer = load_policy(config, config.model.path, session.sources, rank)
+        actor, tokenizer = load_policy(config, config.model.path, session.sources, config.sft_lora_rank)
     set_up_machine(num_parameters(actor), config.strategy.threads)
     limits = Limits.of(actor.model.config)
     loader = _loader(session, tokenizer, "train", limits)

@@ -22,7 +22,7 @@ def make_engine(
     settings = settings or EngineConfig()
     if settings.kind == "native":
         try:
-            return NativeEngine(actor, tokenizer, Bounds(settings.slots, settings.memory))
+            return NativeEngine(actor, tokenizer, Bounds(settings.slots, settings.memory, settings.copies))
         except UnpackableError as error:
             say(f"{error}: sampling with engine.kind hf")
     return HFEngine(actor, tokenizer, settings.slots)

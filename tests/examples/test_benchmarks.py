@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_the_size_ladder_has_the_sizes_it_names(name: str, model: str, low: floa
 
 @pytest.mark.parametrize("ranks", [8, 1024])
 def test_a_rank_of_many_holds_its_share_of_a_very_large_model(ranks: int) -> None:
-    """The short form of `benchmarks/capacity.py`: one shape of its table."""
-    asked = f"import capacity, json; print(json.dumps(capacity.held(capacity.SHAPES['7B (Llama 2)'], {ranks})))"
+    """The short form of `benchmarks/shards.py`: one shape of its table."""
+    asked = f"import json, shards; print(json.dumps(shards.held(shards.SHAPES['7B (Llama 2)'], {ranks})))"
     done = subprocess.run(
         [sys.executable, "-c", asked], check=True, capture_output=True, text=True, cwd=FOLDER, timeout=300
     )
@@ -54,6 +55,64 @@ def test_a_rank_of_many_holds_its_share_of_a_very_large_model(ranks: int) -> Non
     # Parameters, gradients and two moments in float32; rows that do not divide evenly are rounded up.
     assert 16 * total / ranks <= states <= 1.02 * 16 * total / ranks
     assert at_work - states == 8 * 2 * 32000 * 4096 + 8 * 4096, "embeddings, head and last norm are the largest part"
+
+
+def test_the_largest_shape_is_found_by_halving_and_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    capacity = load_script(FOLDER / "capacity.py")
+    needs, tried = {shape: 2.0**place for place, shape in enumerate(capacity.SHAPES)}, []
+
+    def attempt(way: str, shape: str, cap: float, device: str) -> Any:
+        tried.append((way, shape, cap))
+        fits = needs[shape] * (4 if way == "plain" else 1) <= cap
+        return capacity.Try(way, shape, cap, fits, *([needs[shape], 2.0, 1.0, 0.5] if fits else []))
+
+    monkeypatch.setattr(capacity, "attempt", attempt)
+    ladder = capacity.Ladder(list(capacity.SHAPES), "cpu")
+    lines = list(capacity.capacity(ladder, [100.0, 3.0], ["plain", "LoRA"]))
+    assert [line.split(" | ")[1:5] for line in lines[2:]] == [
+        ["plain", "none", "|", "|"], ["LoRA", "m", "2e-09e9", "-"],
+        ["plain", "2b", "1.6e-08e9", "1.0"], ["LoRA", "6b", "6.4e-08e9", "4.0"],
+    ]  # fmt: skip
+    largest = ladder.largest("LoRA", 100.0)
+    assert largest.shape == "6b" and not ladder.at("LoRA", "8b", 100.0).fits
+    made = len(tried)
+    assert len(set(tried)) == made and made <= 4 * 4
+    assert len(list(capacity.equal_sizes(ladder, [3.0, 100.0], ["plain", "LoRA"]))) == 2 + 2 * 2
+    assert not {shape for _, shape, _ in tried[made:]} - {"s", "2b"}
+
+
+def test_an_end_for_want_of_memory_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    capacity = load_script(FOLDER / "capacity.py")
+    for status in (capacity.TOO_LARGE, -9, 137):
+        monkeypatch.setattr(subprocess, "run", lambda *_, s=status, **__: subprocess.CompletedProcess([], s, "", "why"))
+        assert not capacity.attempt("LoRA", "s", 4.0, "cpu").fits
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "why"))
+    with pytest.raises(SystemExit, match="LoRA, s ended with 1:\nwhy"):
+        capacity.attempt("LoRA", "s", 4.0, "cpu")
+
+
+@pytest.mark.parametrize("way", ["plain", "all weights", "LoRA", "LoRA, bf16", "one backbone, int8"])
+def test_an_iteration_of_every_way_fits_in_much_memory(way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capacity = load_script(FOLDER / "capacity.py")
+    capacity.worker(way, "tiny", 1000.0, "cpu")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["parameters"] == 12 * 2 * 32**2 + 50257 * 32 and found["seconds"] > 0
+    assert 0 <= found["above_imports"] < found["taken"] < 100
+
+
+@pytest.mark.slow
+def test_capacity_prints_its_tables(tmp_path: Path) -> None:
+    ways = ["plain", "one backbone, int8"]
+    command = [sys.executable, str(FOLDER / "capacity.py"), "--quick", "--caps", "0.1", "8", "--ways", *ways]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "tries.json")], check=True, capture_output=True, text=True, timeout=300
+    )
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line[1:3] for line in lines[1:5]] == [["plain", "none"], ["one backbone, int8", "none"],
+                                                  ["plain", "small"], ["one backbone, int8", "small"]]  # fmt: skip
+    assert [line[0] for line in lines[6:]] == ["| tiny", "| tiny", "| small", "| small"]
+    tries = json.loads((tmp_path / "tries.json").read_text())
+    assert {one["cap"] for one in tries if not one["fits"]} == {0.1}, "imports alone are more"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from prefero.cli import main
 from prefero.config import load_config
 from prefero.models.footprint import Alive
 from prefero.recipes import plan
-from prefero.recipes.plan import MB, foretell
+from prefero.recipes.plan import MB, _cures, foretell
 
 FEW = """
 data: {sft: sft.jsonl, preferences: pairs.jsonl, prompts: prompts.jsonl}
@@ -124,6 +124,29 @@ def test_the_command_says_what_to_change(
     assert "does not fit" in capsys.readouterr().out
     told = json.loads((project / "plan.json").read_text())
     assert not told["fits"] and told["changes"][0]["change"].startswith("--sft.micro-batch-tokens")
+
+
+def test_weights_in_few_bytes_are_offered_and_counted(project: Path) -> None:
+    options = ["--model.lora-rank", "2", "--reward.lora-rank", "2", "--critic-layers", "0"]
+    judged = ["--ppo.rewards.r.use", "rule:max_words:3", "--strategy.precision", "bf16"]
+    small = [f"--{stage}.micro-batch-tokens=2048" for stage in ("sft", "reward", "ppo")]
+    small += ["--engine.slots=16", "--gradient-checkpointing", "--ppo.backbone", "shared"]
+    config = load_config("own.yaml", [*options, *judged, *small])
+    last = [change for change, _ in _cures(config, "ppo", 1, room=0)]
+    assert [change.rpartition("--")[2] for change in last] == [
+        "engine.copies false", "model.frozen bf16", "model.frozen int8"
+    ]  # fmt: skip
+    assert "model.frozen bf16" not in last[-1], "the one takes the other's place"
+    roles = {
+        kind: foretell(load_config("own.yaml", [*options, "--model.frozen", kind]), "sft").roles("sft")["Actor"]
+        for kind in ("fp32", "bf16", "int8")
+    }
+    numbers = 6 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    for kind, spared in (("bf16", 2), ("int8", 3)):
+        assert roles[kind]["weights"] == pytest.approx(roles["fp32"]["weights"] - spared * numbers)
+        assert roles[kind]["learning"] == roles["fp32"]["learning"]
+    alone = load_config("own.yaml", ["--model.lora-rank", "4", "--reward.lora-rank", "2", *small[:4]])
+    assert not any("frozen" in change for change, _ in _cures(alone, "sft", 1, room=0)), "ranks that cannot go on"
 
 
 def test_bad_input_is_told_as_the_run_would(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,13 +36,14 @@ from prefero.types import Completion, Prompt
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much the engine may use: answers in the making at once, and bytes for their keys and values."""
+    """What the engine may use: answers in the making at once, bytes for their keys and values, copies of weights."""
 
     slots: int = 128
     memory: int = 2 << 30
+    copies: bool = True
 
     def __post_init__(self) -> None:
-        for name, number in vars(self).items():
+        for name, number in {"slots": self.slots, "memory": self.memory}.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"engine {name} is {number!r}: give a whole number, 1 or more")
 
@@ -126,7 +127,8 @@ class NativeEngine:
 
         # Logits as the trainer computes them, and layers that have their weights at hand and decode in few steps.
         trunk = trunk_of(self._inner)
-        ready = [*full_precision_head(self._inner), *at_hand(trunk), *fused(trunk)]
+        copies = at_hand(trunk) if self.bounds.copies else []
+        ready = [*full_precision_head(self._inner), *copies, *fused(trunk)]
         return Batch(ordered, Slots(count, room), self._forward, drawn, self._device()), ready
 
     def _check_rotary(self, room: int) -> None:
