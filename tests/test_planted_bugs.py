@@ -30,6 +30,10 @@ BUGS = [
     ("the margin is added", "functional/reward.py", "difference - margin", "difference + margin", VECTORS),
     ("whitening divides by n - 1", "functional/masked.py", "count - float(unbiased)", "count - 1", VECTORS),
     ("the vocabulary's head forgets the temperature", "functional/logprobs.py", "logits.div_(self.temperature)", "logits", METAMORPHIC),
+    ("an answer is its own baseline", "functional/advantages.py", "_over_groups(rewards, member, count)[member] - rewards", "_over_groups(rewards, member, count)[member]", "tests/functional/test_group_formulas.py"),
+    ("GRPO's spread is the biased one", "functional/advantages.py", "member, count) / (count - 1)", "member, count) / count", "tests/functional/test_group_formulas.py"),
+    ("GSPO's ratio is the product", "functional/policy.py", "log_ratio = masked.mean(", "log_ratio = masked.sum(", "tests/functional/test_group_formulas.py"),
+    ("CISPO's weight gets a gradient", "functional/policy.py", "(logprobs.detach() - old_logprobs)", "(logprobs - old_logprobs)", "tests/functional/test_group_formulas.py"),
     # what reads what
     ("log-probabilities are off by one", "models/base.py", "attention_mask)[:, -num_actions - 1 : -1]\n        index", "attention_mask)[:, -num_actions:]\n        index", METAMORPHIC),
     ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),
