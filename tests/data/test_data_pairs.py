@@ -43,7 +43,7 @@ def test_of_a_conversation_only_the_last_answer_counts() -> None:
 def test_equal_answers_are_refused_before_and_after_cutting() -> None:
     with pytest.raises(ValueError, match="p: the chosen and the rejected answer are the same tokens"):
         encode_pair(TOKENIZER, Comparison("p", "how", " good", " good"))
-    with pytest.raises(TooLongError, match="the first 2 tokens of both texts are the same"):
+    with pytest.raises(TooLongError, match="the first 2 tokens of both answers are the same"):
         encode_pair(TOKENIZER, Comparison("p", "how", " good .", " good !"), 2, truncate="right")
 
 
