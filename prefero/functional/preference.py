@@ -44,7 +44,7 @@ def dpo(
     ValueError for an unknown kind, beta <= 0, a label_smoothing outside [0, 0.5) or with a kind that has none, missing
     lengths, no pairs or shapes that differ.
     """
-    _check_kind(kind, beta, label_smoothing)
+    check_dpo(beta, kind, label_smoothing)
     _checks.same_shape(
         chosen_logps=chosen_logps, rejected_logps=rejected_logps, ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
@@ -145,7 +145,8 @@ def log_odds(logps: Tensor) -> Tensor:
     return below - lacking
 
 
-def _check_kind(kind: str, beta: float, label_smoothing: float) -> None:
+def check_dpo(beta: float, kind: str, label_smoothing: float) -> None:
+    """Refuses what `dpo` refuses of these: an unknown kind, beta <= 0, a label_smoothing that makes no sense."""
     if kind not in DPO_KINDS:
         raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(map(repr, DPO_KINDS))}")
     _checks.above("beta", beta, 0.0)
