@@ -53,6 +53,8 @@ class MicroBatchLimit:
 
         lengths: the tokens of each text. texts: [rows, n], the numbers of those a row is about; None: row i is text i.
         """
+        if self.rows is None and self.tokens is None:
+            return [slice(0, len(lengths if texts is None else texts))]
         sizes = lengths.tolist()
         needed = [[row] for row in range(len(sizes))] if texts is None else texts.tolist()
         found: list[slice] = []
