@@ -27,6 +27,7 @@ from prefero.data import (
 from prefero.data.collate import References
 from prefero.data.spelling import frame
 from prefero.data.tokenize import TooLongError
+from prefero.faults import fault
 from prefero.models.base import Actor
 from prefero.models.lora import has_lora
 from prefero.recipes.evaluation import (
@@ -247,6 +248,7 @@ class Samples:
 
     def look(self, step: int, reference: Actor | None = None) -> Evaluation:
         """Samples every prompt, measures and logs; reference: what the KL is measured from."""
+        fault("evaluate")
         session = self.session
         with session.strategy.whole(self.actor), session.strategy.autocast():
             engine = make_engine(self.actor, self.tokenizer, session.config.engine, session.say)
