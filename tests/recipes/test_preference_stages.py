@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from test_pipeline import FOLDER, rows, write_own_data
 from transformers import AutoModelForCausalLM
 
 from prefero.cli import main
-from prefero.config import PREFERENCE_STAGES
+from prefero.config import PREFERENCE_STAGES, PreferenceConfig, load_config
 from prefero.recipes.keeper import STOPPED
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,17 @@ def test_every_metric_has_its_sentence(done: Path, name: str) -> None:
     assert told == set(re.findall(rf"^\| `({name}/\w+)`", page, re.MULTILINE))
     metrics = (ROOT / "docs" / "metrics.md").read_text()
     assert f"({name}.md)" in metrics
+
+
+@pytest.mark.parametrize("name", PREFERENCE_STAGES)
+def test_the_defaults_on_its_page_are_the_defaults(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", page.partition("## The switches")[2], re.MULTILINE))
+    settings = getattr(load_config(None), name)
+    named = {key: getattr(settings, key) for key in told if hasattr(settings, key)}
+    assert {key: type(value)(told[key]) for key, value in named.items()} == named
+    own = {item.name for item in fields(settings)} - {item.name for item in fields(PreferenceConfig)}
+    assert own <= named.keys() and {"beta", "learning_rate", "batch_size"} <= named.keys()
 
 
 def test_a_command_without_sft_is_one_stage(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
