@@ -17,6 +17,11 @@ _RUN_COMMANDS = {
     "sft": "stage 1 alone: supervised fine-tuning",
     "reward": "stage 2 alone: a reward model from comparisons",
     "ppo": "stage 3 alone: PPO against a reward",
+    "dpo": "SFT, then DPO: a policy straight from comparisons",
+    "kto": "SFT, then KTO: from single answers, good or bad",
+    "orpo": "ORPO: imitation and comparisons in one loss",
+    "simpo": "SFT, then SimPO: comparisons without a reference",
+    "cpo": "SFT, then CPO: comparisons without a reference, beside imitation",
 }
 
 ENVIRONMENT = {

@@ -44,7 +44,7 @@ class ModelConfig:
     num_layers_unfrozen: int = Field(
         default=0,
         ge=0,
-        description="Train the policy's last so many layers only (in SFT and PPO), and what stands above them; 0: all. "
+        description="Train the policy's last so many layers only, and what stands above them; 0: all. "
         "The reference then shares what is frozen.",
     )
     frozen: Literal["fp32", "bf16", "int8"] = Field(
@@ -69,7 +69,7 @@ class DataConfig:
         default="files", description="Built-in data, or `files` for the paths below."
     )
     sft: str = Field(default="", description="Rows to imitate: a JSONL, CSV or parquet file, or a hub name.")
-    preferences: str = Field(default="", description="Comparisons to train the reward model on.")
+    preferences: str = Field(default="", description="Comparisons, for KTO also labelled rows, to learn from.")
     prompts: str = Field(default="", description="Prompts the policy practises on.")
     sft_heldout: str = Field(default="", description="Rows never imitated; empty: a share of `sft`.")
     preferences_heldout: str = Field(
@@ -314,6 +314,99 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PreferenceConfig:
+    """What the stages that learn from preferences themselves have in common."""
+
+    steps: int = Field(default=0, ge=0, description="Optimizer steps; 0: `epochs` passes over the rows.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the rows when `steps` is 0.")
+    max_rows: int = Field(default=0, ge=0, description="Use only this many rows; 0: all.")
+    batch_size: int = Field(default=64, ge=1, description="Rows an optimizer step.")
+    micro_batch_size: int = Field(
+        default=0, ge=0, description="Rows a forward pass; 0: any number. Changes memory, not results."
+    )
+    micro_batch_tokens: int = Field(
+        default=16384, ge=0, description="Tokens a forward pass, each text as long as its longest; 0: any number."
+    )
+    learning_rate: float = Field(default=5e-7, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine",
+        description="The rate after its rise: constant, or falling to zero in a line or a cosine.",
+    )
+    warmup_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps during which the rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_length: int = Field(
+        default=512, ge=2, description="Longest prompt + completion in tokens; completions are cut there."
+    )
+    beta: float = Field(default=0.1, gt=0, description="What a nat of log-probability is worth in the loss.")
+    eval_every: int = Field(default=0, ge=0, description="Measure held-out rows every so many steps; 0: at the end.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest completion sampled before and after.")
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of those samples; the loss has none.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DPOConfig(PreferenceConfig):
+    """DPO: a policy from comparisons, kept to a reference."""
+
+    beta: float = Field(default=0.1, gt=0, description="Price of a nat of KL from the reference.")
+    kind: Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "ipo_mean", "apo_zero", "apo_down"] = Field(
+        default="sigmoid", description="The loss; `sigmoid` is DPO's own, `ipo` the IPO paper's, `ipo_mean` by length."
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong (sigmoid, cdpo, robust)."
+    )
+    reference: Literal["cached", "adapters"] = Field(
+        default="cached",
+        description="cached: log-probabilities of the reference are found out once, before training, and kept in the "
+        "run folder. adapters: in every step, by the policy with its adapters off.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class KTOConfig(PreferenceConfig):
+    """KTO: a policy from single completions that are to be had or not; comparisons give one of each."""
+
+    beta: float = Field(default=0.1, gt=0, description="How fast gains over the reference saturate, per nat.")
+    desirable_weight: float = Field(default=1.0, ge=0, description="Weight of completions to be had.")
+    undesirable_weight: float = Field(default=1.0, ge=0, description="Weight of completions not to be had.")
+    reference: Literal["cached", "adapters"] = Field(default="cached", description="As `dpo.reference`.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ORPOConfig(PreferenceConfig):
+    """ORPO: imitation and preference in one loss, without a reference."""
+
+    batch_size: int = Field(default=32, ge=1, description="Rows an optimizer step.")
+    learning_rate: float = Field(default=5e-6, gt=0, description="Peak learning rate of AdamW.")
+    beta: float = Field(default=0.1, gt=0, description="Weight of the odds ratio beside the imitation (lambda).")
+    nll: Literal["completion", "text"] = Field(
+        default="completion", description="What is imitated: the chosen completion, or the prompt as well."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SimPOConfig(PreferenceConfig):
+    """SimPO: log-probabilities by the token as reward, with a margin, without a reference."""
+
+    batch_size: int = Field(default=128, ge=1, description="Rows an optimizer step.")
+    learning_rate: float = Field(default=6e-7, gt=0, description="Peak learning rate of AdamW.")
+    beta: float = Field(default=2.0, gt=0, description="What a nat a token is worth in the loss.")
+    gamma: float = Field(
+        default=1.0, ge=0, description="By how much the chosen completion must win, in beta times nats a token."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CPOConfig(PreferenceConfig):
+    """CPO: DPO without a reference, beside imitation."""
+
+    nll_coef: float = Field(
+        default=1.0, ge=0, description="Weight of the chosen completion's negative log-likelihood (nats a token)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EngineConfig:
     """Who samples: `native` is our own, `hf` takes any Hugging Face model and is slower."""
 
@@ -356,6 +449,11 @@ class Config:
     sft: SFTConfig = Field(default_factory=lambda: SFTConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     ppo: PPOConfig = Field(default_factory=lambda: PPOConfig())
+    dpo: DPOConfig = Field(default_factory=lambda: DPOConfig())
+    kto: KTOConfig = Field(default_factory=lambda: KTOConfig())
+    orpo: ORPOConfig = Field(default_factory=lambda: ORPOConfig())
+    simpo: SimPOConfig = Field(default_factory=lambda: SimPOConfig())
+    cpo: CPOConfig = Field(default_factory=lambda: CPOConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
 
@@ -378,6 +476,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     yield from _about_model(c)
     yield from _about_ppo(c)
     yield from _about_rewards(c)
+    yield from _about_preferences(c)
 
 
 def _about_data(c: Config) -> Iterator[str]:
@@ -483,6 +582,17 @@ def _about_backbone(c: Config) -> Iterator[str]:
         yield f"ppo.value_coef {c.ppo.value_coef} has no effect with ppo.backbone {backbone}; leave it out"
 
 
+def _about_preferences(c: Config) -> Iterator[str]:
+    smoothing, kind = c.dpo.label_smoothing, c.dpo.kind
+    if smoothing and kind not in ("sigmoid", "cdpo", "robust"):
+        yield f"dpo.label_smoothing {smoothing} has no effect with dpo.kind {kind}; set it to 0, or kind to cdpo"
+    if not smoothing and kind in ("cdpo", "robust"):
+        yield f"dpo.kind {kind} needs a dpo.label_smoothing above 0, e.g. 0.1; give one, or set kind to sigmoid"
+    for name, of in (("dpo", c.dpo.reference), ("kto", c.kto.reference)):
+        if of == "adapters" and not c.model.lora_rank:
+            yield f"{name}.reference is adapters, but model.lora_rank is 0, so there are none; set it to cached"
+
+
 def _about_rewards(c: Config) -> Iterator[str]:
     if c.reward.skip and not c.ppo.skip and not c.ppo.rewards:
         yield (
@@ -511,6 +621,9 @@ _KEYS_OF_FILES = (
     "sft", "preferences", "prompts", "sft_heldout", "preferences_heldout", "prompts_heldout", "heldout_fraction",
     "max_bad_rows",
 )  # fmt: skip
+
+PREFERENCE_STAGES = ("dpo", "kto", "orpo", "simpo", "cpo")
+"""Commands, each with a section of its own, that learn from preferences themselves."""
 
 KINDS_OF_KEYS = {
     "stage": ("fsdp",),
@@ -631,6 +744,9 @@ def resolve_key(key: str, *, section: str = "", flag: bool = False) -> tuple[str
     shown = f"--{key.replace('_', '-')}" if flag else key
     sections = [item.name for item in fields(Config)]
     found = [full for full in (path, *((name, *path) for name in sections)) if _inside(full, Config)]
+    # What another algorithm calls its keys does not make those of a pipeline ambiguous.
+    visible = [full for full in found if full == path or full[0] == section or full[0] not in PREFERENCE_STAGES]
+    found = visible or found
     own = [full for full in found if full == path or full[0] == section]
     if len(own or found) == 1:
         return (own or found)[0]
@@ -741,6 +857,7 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 
 __all__ = [
-    "Config", "ConfigError", "DataConfig", "EvaluateConfig", "ModelConfig", "PPOConfig", "RewardConfig", "RewardPart",
-    "SFTConfig", "StrategyConfig", "describe", "load_config", "parse_overrides", "resolve_key", "to_dict", "walk",
+    "CPOConfig", "Config", "ConfigError", "DPOConfig", "DataConfig", "EvaluateConfig", "KTOConfig", "ModelConfig",
+    "ORPOConfig", "PPOConfig", "PreferenceConfig", "RewardConfig", "RewardPart", "SFTConfig", "SimPOConfig",
+    "StrategyConfig", "describe", "load_config", "parse_overrides", "resolve_key", "to_dict", "walk",
 ]  # fmt: skip

@@ -142,6 +142,61 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True)
+class PairBatch:
+    """N pairs of completions over M distinct texts (prompt and completion), each text forwarded once.
+
+    token_ids, attention_mask: [M, T], padded on the right. loss_mask: [M, T], 1 on the completion's tokens. chosen,
+    rejected: [N] row indices. counted: [N], false for pairs whose texts are only forwarded to keep processes in step.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    counted: Tensor
+
+    def __len__(self) -> int:
+        return int(self.chosen.shape[0])
+
+
+@dataclass(frozen=True)
+class ReferencedPairBatch(PairBatch):
+    """Pairs that know what the reference makes of them: `ref_logprobs` [M], summed over each completion's tokens."""
+
+    ref_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """N texts (prompt and completion) with a verdict each, and beside each one its prompt with another's completion.
+
+    token_ids, attention_mask, loss_mask: [N, T], as in `PairBatch`. unrelated_ids, unrelated_attention_mask,
+    unrelated_loss_mask: [N, U], likewise. desirable: [N], whether the completion is one to be had. counted: [N].
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    unrelated_ids: Tensor
+    unrelated_attention_mask: Tensor
+    unrelated_loss_mask: Tensor
+    desirable: Tensor
+    counted: Tensor
+
+    def __len__(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class ReferencedLabelledBatch(LabelledBatch):
+    """Labelled texts that know what the reference makes of them, summed over each completion's tokens: [N] both."""
+
+    ref_logprobs: Tensor
+    ref_unrelated_logprobs: Tensor
+
+
+@dataclass(frozen=True)
 class Loss:
     """A scalar to descend on, whose model it belongs to, and numbers to report (sums, already divided)."""
 

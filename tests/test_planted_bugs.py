@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 VECTORS = "tests/functional/test_formula_vectors.py"
 METAMORPHIC = "tests/trainer/test_metamorphic_ppo.py"
 PACKING = "tests/models/test_model_packing.py"
+PREFERENCES = "tests/functional/test_preference_vectors.py"
+PAIRS = "tests/trainer/test_preference_trainers.py"
 DISTRIBUTED = "tests/strategies/test_distributed.py"
 BUGS = [
     # the formulas
@@ -34,6 +36,10 @@ BUGS = [
     ("GRPO's spread is the biased one", "functional/advantages.py", "member, count) / (count - 1)", "member, count) / count", "tests/functional/test_group_formulas.py"),
     ("GSPO's ratio is the product", "functional/policy.py", "log_ratio = masked.mean(", "log_ratio = masked.sum(", "tests/functional/test_group_formulas.py"),
     ("CISPO's weight gets a gradient", "functional/policy.py", "(logprobs.detach() - old_logprobs)", "(logprobs - old_logprobs)", "tests/functional/test_group_formulas.py"),
+    ("DPO forgets the reference of the rejected", "functional/preference.py", "rejected = _log_ratio(rejected_logps, ref_rejected_logps)", "rejected = _log_ratio(rejected_logps, ref_chosen_logps)", PREFERENCES),
+    ("KTO's reference point may be negative", "functional/preference.py", ".mean().clamp_min(0.0).detach()", ".mean().detach()", PREFERENCES),
+    ("KTO's reference point is learned from", "functional/preference.py", "z0.detach() if isinstance(z0, Tensor) else z0", "z0", PREFERENCES),
+    ("one minus a probability near 1 loses its digits", "functional/preference.py", "torch.log(-torch.expm1(torch.where(near, below, -1.0)))", "torch.log1p(-torch.exp(torch.where(near, below, -1.0)))", PREFERENCES),
     # what reads what
     ("log-probabilities are off by one", "models/base.py", "attention_mask)[:, -num_actions - 1 : -1]\n        index", "attention_mask)[:, -num_actions:]\n        index", METAMORPHIC),
     ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),
@@ -54,6 +60,13 @@ BUGS = [
     ("advantages are not whitened", "algorithms/ppo.py", "advantages = whitening(batch.advantages)", "advantages = batch.advantages", "tests/trainer/test_one_file.py"),
     ("unfinished answers are rewarded", "algorithms/ppo.py", "scores - settings.missing_eos_penalty", "scores + settings.missing_eos_penalty", "tests/trainer/test_silent_bugs.py"),
     ("the reference keeps learning", "algorithms/ppo.py", "with self.actor.reference():", "if True:", "tests/trainer"),
+    ("the references of chosen and rejected are swapped", "algorithms/dpo.py", "theirs[batch.chosen], theirs[batch.rejected]", "theirs[batch.rejected], theirs[batch.chosen]", PAIRS),
+    ("a prompt's tokens count as the completion's", "algorithms/completions.py", "masked.sum(token_logprobs(actor, texts), mask, dim=1), mask.sum(1)", "masked.sum(token_logprobs(actor, TokenBatch(texts.token_ids, texts.attention_mask, texts.attention_mask)), texts.attention_mask[:, 1:], dim=1), mask.sum(1)", PAIRS),
+    ("adapters stay on in their own reference", "algorithms/completions.py", "actor.reference() if reference is None else nullcontext()", "nullcontext()", PAIRS),
+    ("every micro-batch has its own reference point", "trainer/preference.py", "self.kto.look_ahead(micro_batches.parts, self.strategy.group)", "self.kto.look_ahead(micro_batches.parts[:1], self.strategy.group)", PAIRS),
+    ("ORPO imitates the rejected", "algorithms/orpo.py", "dim=1)[batch.chosen]", "dim=1)[batch.rejected]", PAIRS),
+    ("all of a conversation's answers count", "data/tokenize.py", "    while place >= 0 and mask[place]:\n        place -= 1\n    return", "    place = -1\n    return", "tests/data/test_data_pairs.py"),
+    ("numbers of another reference are believed", "recipes/reference_cache.py", "other = [name for name, fact in facts.items() if told.get(name) != fact]", "other: list[str] = []", "tests/recipes/test_reference_cache.py"),
     # the sampler
     ("samples of one prompt are equal", "rollout/sampling.py", 'struct.pack("<qqq", seed, step, sample_index)', 'struct.pack("<qqq", seed, step, 0)', "tests/rollout"),
     ("a sample depends on its neighbours", "rollout/rows.py", "[row.key for row in rows]", "[row.key + len(rows) for row in rows]", "tests/rollout"),

@@ -1,12 +1,21 @@
 """From rows to batches: sources, shapes, chat templates, tokens, padding and a resumable loader."""
 
-from prefero.data.collate import collate_comparisons, collate_examples, left_pad, right_pad
+from prefero.data.collate import (
+    collate_comparisons,
+    collate_examples,
+    collate_labelled,
+    collate_pairs,
+    left_pad,
+    right_pad,
+)
 from prefero.data.formats import (
     Comparison,
     Conversation,
     Demonstration,
+    Labelled,
     PromptRow,
     SFTRow,
+    to_labelled,
     to_preferences,
     to_prompts,
     to_sft,
@@ -16,16 +25,21 @@ from prefero.data.sources import Rows, as_rows, read_rows, require_columns
 from prefero.data.spelling import frame, pad_id
 from prefero.data.tokenize import (
     EncodedComparison,
+    EncodedLabel,
+    EncodedPair,
     Example,
     TooLongError,
     encode_comparison,
     encode_conversation,
     encode_example,
+    encode_labelled,
+    encode_pair,
     encode_prompt,
     encode_prompts,
     encode_rows,
     encode_sft,
     keep_end,
+    with_unrelated,
 )
 
 __all__ = [
@@ -33,7 +47,10 @@ __all__ = [
     "Conversation",
     "Demonstration",
     "EncodedComparison",
+    "EncodedLabel",
+    "EncodedPair",
     "Example",
+    "Labelled",
     "Loader",
     "PromptRow",
     "Rows",
@@ -42,9 +59,13 @@ __all__ = [
     "as_rows",
     "collate_comparisons",
     "collate_examples",
+    "collate_labelled",
+    "collate_pairs",
     "encode_comparison",
     "encode_conversation",
     "encode_example",
+    "encode_labelled",
+    "encode_pair",
     "encode_prompt",
     "encode_prompts",
     "encode_rows",
@@ -56,7 +77,9 @@ __all__ = [
     "read_rows",
     "require_columns",
     "right_pad",
+    "to_labelled",
     "to_preferences",
     "to_prompts",
     "to_sft",
+    "with_unrelated",
 ]

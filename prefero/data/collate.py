@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from prefero.data.tokenize import EncodedComparison, Example
-from prefero.types import PreferenceBatch, Prompt, TokenBatch
+from prefero.data.tokenize import EncodedComparison, EncodedLabel, EncodedPair, Example
+from prefero.types import (
+    LabelledBatch,
+    PairBatch,
+    PreferenceBatch,
+    Prompt,
+    ReferencedLabelledBatch,
+    ReferencedPairBatch,
+    TokenBatch,
+)
+
+References = Mapping[Example, float]
+"""What the reference makes of each text: the log-probability of its completion, summed over the tokens."""
 
 
 def right_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -49,6 +60,47 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], pad_id: int) -
         margin,
         torch.ones_like(margin, dtype=torch.bool),
     )
+
+
+def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int = 0, references: References | None = None) -> PairBatch:
+    """Encoded pairs as a PairBatch in which every distinct text stands once.
+
+    references: what the reference makes of every text; the batch is then a ReferencedPairBatch.
+    """
+    rows: dict[Example, int] = {}
+    places = [[rows.setdefault(text, len(rows)) for text in (pair.chosen, pair.rejected)] for pair in pairs]
+    texts = collate_examples(list(rows), pad_id)
+    chosen, rejected = torch.tensor(places, dtype=torch.long).reshape(-1, 2).unbind(1)
+    counted = torch.ones(len(pairs), dtype=torch.bool)
+    plain = PairBatch(**vars(texts), chosen=chosen.contiguous(), rejected=rejected.contiguous(), counted=counted)
+    if references is None:
+        return plain
+    return ReferencedPairBatch(**vars(plain), ref_logprobs=_known(references, list(rows)))
+
+
+def collate_labelled(
+    rows: Sequence[EncodedLabel], pad_id: int = 0, references: References | None = None
+) -> LabelledBatch:
+    """Encoded labelled rows as a LabelledBatch; references: as in `collate_pairs`."""
+    answers, unrelated = [row.answer for row in rows], [row.unrelated for row in rows]
+    texts, others = collate_examples(answers, pad_id), collate_examples(unrelated, pad_id)
+    desirable = torch.tensor([row.desirable for row in rows])
+    plain = LabelledBatch(
+        **vars(texts),
+        unrelated_ids=others.token_ids,
+        unrelated_attention_mask=others.attention_mask,
+        unrelated_loss_mask=others.loss_mask,
+        desirable=desirable,
+        counted=torch.ones_like(desirable),
+    )
+    if references is None:
+        return plain
+    known, known_unrelated = _known(references, answers), _known(references, unrelated)
+    return ReferencedLabelledBatch(**vars(plain), ref_logprobs=known, ref_unrelated_logprobs=known_unrelated)
+
+
+def _known(references: References, texts: Sequence[Example]) -> Tensor:
+    return torch.tensor([references[text] for text in texts], dtype=torch.float32)
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The data sets people have, told apart by their columns and turned into three kinds of rows.
+"""The data sets people have, told apart by their columns and turned into four kinds of rows.
 
-`to_sft` gives rows to imitate, `to_preferences` gives comparisons, `to_prompts` gives questions. A shape is a name, the
-columns that tell it, and the functions that read one row; a new data set is one more entry in `SHAPES`.
+`to_sft` gives rows to imitate, `to_preferences` comparisons, `to_labelled` single answers with a verdict, `to_prompts`
+questions. A shape is a name, the columns that tell it, and the functions that read one row; a new data set is one more
+entry in `SHAPES`.
 """
 
 from __future__ import annotations
@@ -65,6 +66,17 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """One answer to a prompt, and whether it is one to be had."""
+
+    id: str
+    prompt: Question
+    completion: str
+    desirable: bool
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """A prompt (text or messages) and the row's further columns, which rewards may use."""
 
@@ -108,6 +120,7 @@ class Shape:
     completion: Callable[[Row], str] | None = None
     comparison: Callable[[Row], tuple[Question, str, str, float] | None] | None = None
     messages: Callable[[Row], tuple[Message, ...]] | None = None
+    desirable: Callable[[Row], bool] | None = None
 
 
 # --- reading one value ---------------------------------------------------------------------------------------------
@@ -300,6 +313,16 @@ def _completion(row: Row) -> str:
     return _text(row, "completion")
 
 
+def _verdict(row: Row) -> bool:
+    """A label as data sets write it: true or false, 1 or 0, in a CSV as text."""
+    label = row.get("label")
+    verdicts = {"true": True, "false": False, "1": True, "0": False}
+    plain = str(int(label)) if isinstance(label, float) and label in (0, 1) else str(label).lower()
+    if plain not in verdicts:
+        raise BadRowError(f"column 'label' must be true or false, got {label!r}")
+    return verdicts[plain]
+
+
 # The order matters: a row is read by the first shape all of whose columns it has.
 SHAPES: tuple[Shape, ...] = (
     Shape("summarize_from_feedback", ("info", "summaries", "choice"), _summary_prompt, comparison=_summaries),
@@ -310,6 +333,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape("hh-rlhf", ("chosen", "rejected"), lambda row: _transcripts(row)[0], comparison=_transcripts),
     Shape("messages", ("messages",), _before_last_answer, messages=_conversation),
     Shape("alpaca", ("instruction", "output"), _alpaca_prompt, completion=lambda row: _text(row, "output")),
+    Shape("labelled", ("prompt", "completion", "label"), _question, completion=_completion, desirable=_verdict),
     Shape("prompt-completion", ("prompt", "completion"), _question, completion=_completion),
     Shape("prompt-response", ("prompt", "response"), lambda row: _text(row, "prompt"),
           completion=lambda row: _spaced(_text(row, "prompt"), _text(row, "response"))),
@@ -333,13 +357,17 @@ def detect_shape(rows: Rows, accepted: Sequence[Shape] = SHAPES) -> Shape:
 
 
 def to_sft(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = None) -> Table[SFTRow]:
-    """Rows to imitate; of preference shapes, the chosen answer.
+    """Rows to imitate; of preference shapes, the chosen answer; of labelled rows, those to be had.
+
+    The other labelled rows are dropped and counted under `.dropped["undesirable"]`.
 
     max_bad_rows: None takes the budget the rows were read with. Raises ValueError for an unknown shape and for more bad
     rows (missing or empty answers, wrong types) than the budget.
     """
 
     def convert(shape: Shape, row: Row, row_id: str) -> SFTRow | None:
+        if shape.desirable is not None and not shape.desirable(row):
+            return None
         if shape.messages is not None:
             return Conversation(row_id, shape.messages(row))
         if shape.completion is not None:
@@ -350,6 +378,31 @@ def to_sft(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = None
 
     accepted = [s for s in SHAPES if s.messages or s.completion or s.comparison]
     return _convert(rows, accepted, convert, max_bad_rows)
+
+
+def to_labelled(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = None) -> Table[Labelled]:
+    """Single answers with a verdict; a comparison gives two, the chosen answer to be had and the rejected one not.
+
+    Raises ValueError for an unknown shape and for more bad rows than the budget.
+    """
+    source = as_rows(rows, max_bad_rows=max_bad_rows or 0)
+    able = [shape for shape in SHAPES if shape.desirable or shape.comparison]
+    if detect_shape(source, able).comparison is not None:
+        pairs = to_preferences(source, max_bad_rows=max_bad_rows)
+        items = [
+            Labelled(f"{pair.id}/{side}", pair.prompt, getattr(pair, side), side == "chosen", pair.columns)
+            for pair in pairs
+            for side in ("chosen", "rejected")
+        ]
+        return Table(items, pairs.source, pairs.shape, pairs.bad, pairs.dropped)
+
+    def convert(shape: Shape, row: Row, row_id: str) -> Labelled:
+        assert shape.completion is not None
+        assert shape.desirable is not None
+        verdict = shape.desirable(row)
+        return Labelled(row_id, shape.prompt(row), shape.completion(row), verdict, _further(shape, row))
+
+    return _convert(source, [shape for shape in SHAPES if shape.desirable], convert, max_bad_rows)
 
 
 def to_preferences(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = None) -> Table[Comparison]:
@@ -396,11 +449,12 @@ def _convert(
     convert: Callable[[Shape, Row, str], T | None],
     max_bad_rows: int | None,
 ) -> Table[T]:
-    """Reads every row as the data set's shape; None from `convert` drops a row as a tie."""
+    """Reads every row as the data set's shape; None from `convert` drops a row: a tie, or one labelled undesirable."""
     source = as_rows(rows, max_bad_rows=max_bad_rows or 0)
     shape = detect_shape(source, accepted)
     budget = Budget(source.source, source.max_bad_rows if max_bad_rows is None else max_bad_rows, source.bad)
     dropped: Counter[str] = Counter()
+    why = "tie" if shape.desirable is None else "undesirable"
     items: list[T] = []
     for index, row in enumerate(source):
         try:
@@ -409,12 +463,12 @@ def _convert(
             budget.spend(source.lines[index], str(error))
             continue
         if item is None:
-            dropped["tie"] += 1
+            dropped[why] += 1
         else:
             items.append(item)
     if not items:
         raise ValueError(
-            f"{source.source}: no usable row as {shape.name} ({len(budget.bad)} bad, {dropped['tie']} ties); "
+            f"{source.source}: no usable row as {shape.name} ({len(budget.bad)} bad, {dropped[why]} dropped: {why}); "
             "give a data set with at least one good row"
         )
     return Table(items, source.source, shape.name, budget.bad, dropped)

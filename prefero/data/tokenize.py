@@ -9,6 +9,7 @@ for padding.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -17,6 +18,7 @@ from prefero.data.formats import (
     Comparison,
     Conversation,
     Demonstration,
+    Labelled,
     PromptRow,
     Question,
     SFTRow,
@@ -28,7 +30,7 @@ from prefero.types import Message, Prompt
 
 Truncate: TypeAlias = Literal["error", "left", "right", "drop"]
 Encoded = TypeVar("Encoded")
-Source = TypeVar("Source", PromptRow, SFTRow, Comparison)
+Source = TypeVar("Source", PromptRow, SFTRow, Comparison, Labelled)
 
 
 class TooLongError(ValueError):
@@ -51,6 +53,25 @@ class EncodedComparison:
     rejected: tuple[int, ...]
     margin: float = 0.0
     key: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Two answers behind one prompt, the preferred one first; the loss masks mark the answers alone."""
+
+    id: str
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True)
+class EncodedLabel:
+    """An answer behind its prompt and whether it is to be had; beside it another prompt's answer behind this prompt."""
+
+    id: str
+    answer: Example
+    unrelated: Example
+    desirable: bool
 
 
 # --- prompts and completions ---------------------------------------------------------------------------------------
@@ -238,9 +259,68 @@ def encode_comparison(
     return EncodedComparison(row.id, chosen, rejected, row.margin, key)
 
 
+def encode_pair(
+    tokenizer: Any, row: Comparison, max_length: int | None = None, *, truncate: Truncate = "error", chat: bool = False
+) -> EncodedPair:
+    """Both answers behind the prompt, to be told apart by their log-probabilities; arguments as `encode_sft`.
+
+    Of a conversation the last answer alone is marked. Raises TooLongError where cutting leaves two equal answers, and
+    ValueError where the answers are equal to begin with.
+    """
+    answers = (row.chosen, row.rejected)
+    chosen, rejected = map(_last_answer, _encode_answers(tokenizer, row, answers, max_length, truncate, chat))
+    if chosen == rejected:
+        if len(chosen.token_ids) == max_length:
+            raise TooLongError(
+                f"{row.id}: the first {max_length} tokens of both answers are the same; raise max_length"
+            )
+        raise ValueError(f"{row.id}: the chosen and the rejected answer are the same tokens; leave the row out")
+    return EncodedPair(row.id, chosen, rejected)
+
+
+def encode_labelled(
+    tokenizer: Any, row: Labelled, max_length: int | None = None, *, truncate: Truncate = "error", chat: bool = False
+) -> Example:
+    """The answer behind its prompt, marked alone; arguments as `encode_sft`."""
+    return _last_answer(_encode_answers(tokenizer, row, [row.completion], max_length, truncate, chat)[0])
+
+
+def with_unrelated(rows: Sequence[tuple[str, Example, bool]], max_length: int | None = None) -> list[EncodedLabel]:
+    """Rows (id, answer behind its prompt, verdict), each with an answer to another prompt behind its own.
+
+    Where one prompt has more than half of the rows, some of its answers meet it again. max_length: the answer is cut
+    there. Which answer meets which prompt depends on the rows alone. Raises ValueError for fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"there are {len(rows)} labelled rows, so no answer is unrelated to another prompt; give more")
+    cuts = [example.loss_mask.index(1) for _, example, _ in rows]
+    prompts = [example.token_ids[:cut] for (_, example, _), cut in zip(rows, cuts, strict=True)]
+    order = sorted(range(len(rows)), key=prompts.__getitem__)
+    # Sorted, the rows of a prompt stand together: as many steps on as the largest such group has rows is another one.
+    steps = min(max(Counter(prompts).values()), len(rows) // 2)
+    other = {row: order[(place + steps) % len(order)] for place, row in enumerate(order)}
+    found = []
+    for place, (name, answer, desirable) in enumerate(rows):
+        given = rows[other[place]][1].token_ids[cuts[other[place]] :]
+        unrelated = _join(list(prompts[place]), list(given))
+        found.append(EncodedLabel(name, answer, Example(*(part[:max_length] for part in unrelated)), desirable))
+    return found
+
+
+def _last_answer(example: Example) -> Example:
+    """The same with the loss on the last run of marked tokens alone: in a conversation, on the last answer."""
+    mask = list(example.loss_mask)
+    place = len(mask) - 1
+    while place >= 0 and not mask[place]:
+        place -= 1
+    while place >= 0 and mask[place]:
+        place -= 1
+    return Example(example.token_ids, tuple([0] * (place + 1) + mask[place + 1 :]))
+
+
 def _encode_answers(
     tokenizer: Any,
-    row: Demonstration | Comparison,
+    row: Demonstration | Comparison | Labelled,
     answers: Sequence[str],
     max_length: int | None,
     truncate: Truncate,

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prefero import faults
-from prefero.config import Config, ConfigError, load_config
+from prefero.config import PREFERENCE_STAGES, Config, ConfigError, PreferenceConfig, load_config
 from prefero.models.footprint import Alive, Shortened, shortened
 from prefero.models.trunk import trunk_of
 from prefero.recipes.preflight import preflight
@@ -150,14 +150,14 @@ def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tupl
     A change that the rest of the config does not allow is left out.
     """
     model, samples = config.model, command == "ppo" or (command == "pipeline" and not config.ppo.skip)
-    limits = [getattr(config, stage).micro_batch_tokens for stage in ("sft", "reward", "ppo")]
-    large = [stage for stage, limit in zip(("sft", "reward", "ppo"), limits, strict=True) if not 0 < limit <= 2048]
+    stages = ("sft", command) if command in PREFERENCE_STAGES else ("sft", "reward", "ppo")
+    large = [stage for stage in stages if not 0 < getattr(config, stage).micro_batch_tokens <= 2048]
     changes: list[list[tuple[str, str, Any]]] = [
         [(stage, "micro_batch_tokens", 2048) for stage in large],
         [("engine", "slots", 16)] if config.engine.slots > 16 else [],
         [] if model.gradient_checkpointing else [("model", "gradient_checkpointing", True)],
         [] if model.lora_rank or model.num_layers_unfrozen else [("model", "lora_rank", 16)],
-        [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" else [],
+        [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" and "ppo" in stages else [],
         [("engine", "copies", False)] if samples and config.engine.kind == "native" and config.engine.copies else [],
         [("model", "frozen", "bf16")] if model.frozen == "fp32" else [],
         [("model", "frozen", "int8")] if model.frozen != "int8" else [],
@@ -208,7 +208,8 @@ def _steps(config: Config, sources: Sources, stage: str) -> int:
     if stage == "ppo" or (steps := getattr(config, stage).steps):
         return config.ppo.steps if stage == "ppo" else int(steps)
     settings = getattr(config, stage)
-    count = len(sources.sft("train") if stage == "sft" else sources.preferences("train"))
+    of = {"sft": sources.sft, "kto": sources.labelled}.get(stage, sources.preferences)
+    count = len(of("train"))
     return int(settings.epochs * math.ceil(min(count, settings.max_rows or count) / settings.batch_size))
 
 
@@ -221,6 +222,7 @@ def _try(
     def share(rows: int) -> int:
         return math.ceil(rows / ranks)
 
+    few: dict[str, Any] = {name: _few_steps(getattr(config, name), share) for name in PREFERENCE_STAGES}
     short = replace(
         config,
         checkpoint=replace(config.checkpoint, every=0, minutes=1e6),
@@ -231,6 +233,7 @@ def _try(
             ppo, steps=_STEPS, eval_every=0, save_every=0, critic_warmup=0, kl_budget=0.0,
             prompts_per_step=share(ppo.prompts_per_step), train_batch_size=share(ppo.train_batch_size),
         ),
+        **few,
         evaluate=replace(
             evaluate, num_prompts=share(evaluate.num_prompts), max_pairs=min(64, evaluate.max_pairs),
             max_demonstrations=min(64, evaluate.max_demonstrations), best_of=0,
@@ -253,6 +256,13 @@ def _try(
         STAGES[command](replace(session, tracker=Trackers([trial])))
         trial.close()
     return trial.numbers, network.whole
+
+
+def _few_steps(settings: PreferenceConfig, share: Callable[[int], int]) -> PreferenceConfig:
+    """A stage that learns from preferences, short: with just the rows it needs, since the reference reads them all."""
+    batch_size = share(settings.batch_size)
+    rows = _STEPS * batch_size if not settings.max_rows else min(settings.max_rows, _STEPS * batch_size)
+    return replace(settings, steps=_STEPS, eval_every=0, batch_size=batch_size, max_rows=rows)
 
 
 @contextmanager

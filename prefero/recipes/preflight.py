@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from prefero.config import Config, ConfigError, RewardPart
+from prefero.config import PREFERENCE_STAGES, Config, ConfigError, RewardPart
 from prefero.data import encode_comparison
 from prefero.models.loading import LoadOptions, load_config, load_tokenizer
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import load_prompts
+from prefero.recipes.preference import heldout_prompts, read_preference_rows
 from prefero.recipes.reward import read_comparisons
 from prefero.recipes.rewards import check_part, parts_or_default
 from prefero.recipes.sft import read_demonstrations
@@ -40,11 +42,15 @@ def preflight(config: Config, command: str) -> Sources:
         _check_comparisons(config, sources, policy)
     if "ppo" in stages:
         _check_ppo(config, sources, policy, trained="reward" in stages)
+    if command in PREFERENCE_STAGES:
+        _check_preferences(config, sources, policy, command)
     return sources
 
 
 def _stages(config: Config, command: str) -> Iterator[str]:
     if command != "pipeline":
+        if command in PREFERENCE_STAGES and not config.sft.skip:
+            yield "sft"
         yield command
         return
     for name, skip in (("sft", config.sft.skip), ("reward", config.reward.skip), ("ppo", config.ppo.skip)):
@@ -65,7 +71,7 @@ def _check_policy(config: Config, command: str, stages: set[str], sources: Sourc
     if config.model.path:
         settings = load_config(config.model.path, LoadOptions(trust_remote_code=trust))
         return _Policy(settings, load_tokenizer(config.model.tokenizer or config.model.path, trust_remote_code=trust))
-    if "sft" in stages:
+    if "sft" in stages or command == "orpo":  # which imitates, too
         fresh = sources.scratch()
         if fresh is None:
             raise ConfigError(
@@ -75,7 +81,7 @@ def _check_policy(config: Config, command: str, stages: set[str], sources: Sourc
         return _Policy(fresh[0].config, fresh[1])
     if command == "pipeline":
         raise ConfigError("sft.skip is true and model.path is empty, so there is no model; give model.path")
-    if command == "ppo":
+    if command == "ppo" or command in PREFERENCE_STAGES:
         raise ConfigError("model.path is empty; give --model.path FOLDER, e.g. the export of the sft stage")
     if config.reward.model == "policy":
         raise ConfigError(
@@ -128,6 +134,24 @@ def _check_comparisons(config: Config, sources: Sources, policy: _Policy | None)
         return
     for split in _SPLITS:
         read_comparisons(config, sources, tokenizer, split, Limits.of(settings))
+
+
+def _check_preferences(config: Config, sources: Sources, policy: _Policy | None, command: str) -> None:
+    """That the tokenizer can read every row and prompt; of a world, whose rows are known, a few of each."""
+    assert policy is not None, "checked before"
+    settings, tokenizer = policy
+    limits, stage = Limits.of(settings), getattr(config, command)
+    if config.evaluate.gold:
+        check_part("gold", RewardPart(use=config.evaluate.gold), [], trained=False, key="evaluate.gold")
+    for prompt in heldout_prompts(config, sources, tokenizer):
+        cure = f"shorten or drop the row, or lower {command}.max_new_tokens"
+        limits.check(prompt.id, prompt.token_ids, cure, reserve=stage.max_new_tokens)
+    if config.data.world != "files":
+        few = replace(config, evaluate=replace(config.evaluate, max_pairs=8))
+        read_preference_rows(few, sources, tokenizer, "heldout", limits, command)
+        return
+    for split in _SPLITS:
+        read_preference_rows(config, sources, tokenizer, split, limits, command)
 
 
 def _check_ppo(config: Config, sources: Sources, policy: _Policy | None, *, trained: bool) -> None:

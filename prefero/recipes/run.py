@@ -8,12 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from itertools import count, takewhile
 from pathlib import Path
 
 from prefero.config import (
     KINDS_OF_KEYS,
+    PREFERENCE_STAGES,
     Config,
     ConfigError,
     StrategyConfig,
@@ -25,6 +27,7 @@ from prefero.config import (
 from prefero.recipes.keeper import STOPPED, StoppedError
 from prefero.recipes.origin import check_config
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
+from prefero.recipes.preference import run_preference
 from prefero.recipes.preflight import preflight
 from prefero.recipes.session import Session, make_strategy, open_session
 from prefero.recipes.show import show_result
@@ -37,6 +40,7 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "sft": run_sft,
     "reward": run_reward,
     "ppo": run_ppo,
+    **{name: partial(run_preference, name=name) for name in PREFERENCE_STAGES},
 }
 
 
@@ -55,7 +59,7 @@ class Asked:
 def run(
     command: str, config: str, overrides: Sequence[str], out: str = "", overwrite: bool = False, resume: bool = False
 ) -> int:
-    """Runs pipeline, sft, reward or ppo; quickstart is the pipeline of configs/quickstart.yaml.
+    """Runs pipeline or the command of an algorithm; quickstart is the pipeline of configs/quickstart.yaml.
 
     resume: goes on with the run in `out`, or the last one of that name below runs/ that has not ended. Returns the exit
     status: 0, or that of a run that was asked to stop.

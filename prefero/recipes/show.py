@@ -32,7 +32,10 @@ def _numbers(summary: dict[str, Any]) -> list[str]:
                            ("eval/length", "length in tokens")):  # fmt: skip
             if key in summary["after"]:
                 lines.append(f"{label}: {summary['before'][key]:.3f} -> {summary['after'][key]:.3f}")
+    if "kl" in summary:
         lines.append(f"KL from the reference: {summary['kl']:.2f} nats a completion")
+    if "preference_accuracy" in summary:
+        lines.append(f"accuracy of the policy's own reward on held-out rows: {summary['preference_accuracy']:.3f}")
     if "rm_accuracy" in summary:
         lines.append(f"reward model accuracy on held-out comparisons: {summary['rm_accuracy']:.3f}")
     if "seconds" in summary:

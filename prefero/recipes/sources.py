@@ -16,9 +16,11 @@ from prefero.data.formats import (
     Comparison,
     Conversation,
     Demonstration,
+    Labelled,
     PromptRow,
     SFTRow,
     Table,
+    to_labelled,
     to_preferences,
     to_prompts,
     to_sft,
@@ -30,7 +32,7 @@ from prefero.rewards.functions import FunctionReward
 from prefero.tracking.text import for_terminal
 
 Split = Literal["train", "heldout"]
-RowT = TypeVar("RowT", PromptRow, Comparison, SFTRow)
+RowT = TypeVar("RowT", PromptRow, Comparison, Labelled, SFTRow)
 ItemT = TypeVar("ItemT")
 
 
@@ -47,6 +49,14 @@ class Sources(ABC):
     @abstractmethod
     def preferences(self, split: Split) -> Sequence[Comparison]:
         """Comparisons: prompt, chosen, rejected."""
+
+    def labelled(self, split: Split) -> Sequence[Labelled]:
+        """Single answers, to be had or not: two of each comparison."""
+        return [
+            Labelled(f"{row.id}/{side}", row.prompt, getattr(row, side), side == "chosen", row.columns)
+            for row in self.preferences(split)
+            for side in ("chosen", "rejected")
+        ]
 
     @abstractmethod
     def prompts(self, split: Split) -> Sequence[PromptRow]:
@@ -117,13 +127,16 @@ class FileSources(Sources):
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self._known: dict[str, Sequence[Any]] = {}
+        self._known: dict[tuple[str, Callable[..., Any]], Sequence[Any]] = {}
 
     def sft(self, split: Split) -> Sequence[SFTRow]:
         return self._rows("sft", to_sft, split)
 
     def preferences(self, split: Split) -> Sequence[Comparison]:
         return self._rows("preferences", to_preferences, split)
+
+    def labelled(self, split: Split) -> Sequence[Labelled]:
+        return self._rows("preferences", to_labelled, split)
 
     def prompts(self, split: Split) -> Sequence[PromptRow]:
         return self._rows("prompts", to_prompts, split)
@@ -140,11 +153,11 @@ class FileSources(Sources):
                 f"data.{key} is empty but this stage needs it; give a file or hub name with "
                 f"--data.{key.replace('_', '-')}, skip the stage, or choose a built-in world (--data.world grammar)"
             )
-        if key not in self._known:  # both splits of every stage ask for them
+        if (key, convert) not in self._known:  # both splits of every stage ask for them
             table = convert(read_rows(path, max_bad_rows=self.config.max_bad_rows))
             _say_what_is_missing(table)
-            self._known[key] = table
-        return self._known[key]
+            self._known[key, convert] = table
+        return self._known[key, convert]
 
     def _split(self, rows: Sequence[RowT], split: Split) -> Sequence[RowT]:
         fraction = self.config.heldout_fraction
@@ -175,7 +188,7 @@ def _say_what_is_missing(table: Table[Any]) -> None:
             print(f"{table.source}: {count} rows left out ({why})", file=sys.stderr)
 
 
-def _question(row: PromptRow | Comparison | SFTRow) -> str:
+def _question(row: PromptRow | Comparison | Labelled | SFTRow) -> str:
     """What decides a row's split: its prompt, so that one prompt never lands in both."""
     prompt = row.messages[:-1] if isinstance(row, Conversation) else row.prompt
     # Plain texts have no prompt: each is its own.

@@ -2,7 +2,11 @@
 
 from prefero.trainer.base import Trainer
 from prefero.trainer.ppo import PPOTrainer
+from prefero.trainer.preference import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, SimPOTrainer
 from prefero.trainer.reward_model import RewardModelTrainer
 from prefero.trainer.sft import SFTTrainer
 
-__all__ = ["PPOTrainer", "RewardModelTrainer", "SFTTrainer", "Trainer"]
+__all__ = [
+    "CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "PPOTrainer", "RewardModelTrainer", "SFTTrainer",
+    "SimPOTrainer", "Trainer",
+]  # fmt: skip

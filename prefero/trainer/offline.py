@@ -21,9 +21,9 @@ from prefero.trainer.progress import Progress
 from prefero.trainer.split import MicroBatches, MicroBatchLimit
 from prefero.trainer.state import Saved, Snapshot, keep_learner, keep_strategy, restore_learner, restore_strategy
 from prefero.trainer.update import Learner, cosine, update
-from prefero.types import Metrics, PreferenceBatch, TokenBatch
+from prefero.types import LabelledBatch, Metrics, PairBatch, PreferenceBatch, TokenBatch
 
-BatchT = TypeVar("BatchT", bound=TokenBatch | PreferenceBatch)
+BatchT = TypeVar("BatchT", bound=TokenBatch | PreferenceBatch | PairBatch | LabelledBatch)
 Schedule = LRScheduler | Literal["cosine", "constant"]
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from prefero.strategies.group import ALONE, Group, Share
-from prefero.types import Experience, PreferenceBatch, TokenBatch
+from prefero.types import (
+    Experience,
+    LabelledBatch,
+    PairBatch,
+    PreferenceBatch,
+    ReferencedLabelledBatch,
+    ReferencedPairBatch,
+    TokenBatch,
+)
 
 
 class Batch(Protocol):
@@ -45,6 +53,8 @@ class MicroBatchLimit:
 
         lengths: the tokens of each text. texts: [rows, n], the numbers of those a row is about; None: row i is text i.
         """
+        if self.rows is None and self.tokens is None:
+            return [slice(0, len(lengths if texts is None else texts))]
         sizes = lengths.tolist()
         needed = [[row] for row in range(len(sizes))] if texts is None else texts.tolist()
         found: list[slice] = []
@@ -136,6 +146,61 @@ def split_preferences(
     return parts
 
 
+def split_pairs(batch: PairBatch, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE) -> list[PairBatch]:
+    """Micro-batches of pairs, each with just the texts they are about."""
+    pairs, parts = torch.stack([batch.chosen, batch.rejected], dim=1), []
+    for rows in limit.slices(batch.attention_mask.sum(dim=1), pairs, group):
+        texts, places = torch.unique(pairs[rows], return_inverse=True)
+        width = _width(batch.attention_mask[texts])
+        part = replace(
+            batch,
+            token_ids=batch.token_ids[texts, :width],
+            attention_mask=batch.attention_mask[texts, :width],
+            loss_mask=batch.loss_mask[texts, :width],
+            chosen=places[:, 0],
+            rejected=places[:, 1],
+            counted=batch.counted[rows],
+        )
+        if isinstance(batch, ReferencedPairBatch):
+            assert isinstance(part, ReferencedPairBatch)
+            part = replace(part, ref_logprobs=batch.ref_logprobs[texts])
+        parts.append(part)
+    return parts
+
+
+def split_labelled(
+    batch: LabelledBatch, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE
+) -> list[LabelledBatch]:
+    """Micro-batches of labelled texts; a row is as long as the longer of its two texts."""
+    lengths = torch.maximum(batch.attention_mask.sum(dim=1), batch.unrelated_attention_mask.sum(dim=1))
+    return [_labelled_rows(batch, rows) for rows in limit.slices(lengths, group=group)]
+
+
+def _labelled_rows(batch: LabelledBatch, rows: slice | list[int]) -> LabelledBatch:
+    width, unrelated = _width(batch.attention_mask[rows]), _width(batch.unrelated_attention_mask[rows])
+    part = replace(
+        batch,
+        token_ids=batch.token_ids[rows][:, :width],
+        attention_mask=batch.attention_mask[rows][:, :width],
+        loss_mask=batch.loss_mask[rows][:, :width],
+        unrelated_ids=batch.unrelated_ids[rows][:, :unrelated],
+        unrelated_attention_mask=batch.unrelated_attention_mask[rows][:, :unrelated],
+        unrelated_loss_mask=batch.unrelated_loss_mask[rows][:, :unrelated],
+        desirable=batch.desirable[rows],
+        counted=batch.counted[rows],
+    )
+    if isinstance(batch, ReferencedLabelledBatch):
+        assert isinstance(part, ReferencedLabelledBatch)
+        known, unknown = batch.ref_logprobs[rows], batch.ref_unrelated_logprobs[rows]
+        return replace(part, ref_logprobs=known, ref_unrelated_logprobs=unknown)
+    return part
+
+
+def _width(attention_mask: Tensor) -> int:
+    """Columns up to the last real token, and two at least: the first one is predicted by nothing."""
+    return max(int(attention_mask.any(dim=0).nonzero()[-1]) + 1, 2)
+
+
 def share_experience(experience: Experience, share: Share) -> Experience:
     """One process's rows of an experience; in rows that only fill up no action counts."""
     if share.rows == list(range(len(experience))):
@@ -165,3 +230,22 @@ def share_preferences(batch: PreferenceBatch, share: Share) -> PreferenceBatch:
         counted=counted,
     )  # fmt: skip
     return split_preferences(rows)[0]
+
+
+def share_pairs(batch: PairBatch, share: Share) -> PairBatch:
+    """One process's pairs with the texts they need; those that only fill up do not count."""
+    if share.rows == list(range(len(batch))):
+        return batch
+    counted = batch.counted[share.rows]
+    counted[share.num_real :] = False
+    rows = replace(batch, chosen=batch.chosen[share.rows], rejected=batch.rejected[share.rows], counted=counted)
+    return split_pairs(rows)[0]
+
+
+def share_labelled(batch: LabelledBatch, share: Share) -> LabelledBatch:
+    """One process's labelled texts; those that only fill up do not count."""
+    if share.rows == list(range(len(batch))):
+        return batch
+    own = _labelled_rows(batch, share.rows)
+    own.counted[share.num_real :] = False
+    return own

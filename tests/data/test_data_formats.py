@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefero.data import read_rows, to_preferences, to_prompts, to_sft
+from prefero.data import read_rows, to_labelled, to_preferences, to_prompts, to_sft
 from prefero.data.formats import ALPACA_WITH_INPUT, SHAPES, Conversation, Demonstration, split_transcripts
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
@@ -25,6 +25,7 @@ SHAPE_OF = {
     "summarize_from_feedback.jsonl": "summarize_from_feedback",
     "webgpt_comparisons.jsonl": "webgpt_comparisons",
     "instruct_synthetic.jsonl": "prompt-response",
+    "labelled.jsonl": "labelled",
 }
 
 
@@ -39,6 +40,7 @@ def test_the_samples_convert_to_all_they_can(name: str) -> None:
     for convert, able in (
         (to_sft, bool(shape.completion or shape.messages or shape.comparison)),
         (to_preferences, bool(shape.comparison)),
+        (to_labelled, bool(shape.comparison or shape.desirable)),
         (to_prompts, shape.name != "text"),
     ):
         rows = read_rows(SAMPLES / name)
@@ -48,7 +50,8 @@ def test_the_samples_convert_to_all_they_can(name: str) -> None:
             continue
         table = convert(rows)
         assert table.shape == shape.name and table.bad == []
-        assert len(table) + sum(table.dropped.values()) == len(rows)
+        halves = 2 if convert is to_labelled and shape.comparison else 1
+        assert len(table) / halves + sum(table.dropped.values()) == len(rows)
         assert len({row.id for row in table}) == len(table)
 
 
@@ -216,3 +219,21 @@ def test_an_unknown_shape_lists_shapes_and_columns() -> None:
     with pytest.raises(ValueError, match="columns promt, completion are no shape accepted here") as caught:
         to_sft([{"promt": "a", "completion": "b"}])
     assert "did you mean 'prompt'" in str(caught.value) and "alpaca: instruction, output" in str(caught.value)
+
+
+def test_labels_are_verdicts_and_comparisons_give_two() -> None:
+    rows = [{"prompt": "a", "completion": " x", "label": label} for label in (True, False, 1, 0, "True", "0", 1.0)]
+    table = to_labelled(rows)
+    assert [row.desirable for row in table] == [True, False, True, False, True, False, True]
+    assert [row.completion for row in to_sft(rows)] == [" x"] * 4 and to_sft(rows).dropped == {"undesirable": 3}
+    pairs = to_labelled([{"prompt": "a", "chosen": "b", "rejected": "c", "topic": "t"}])
+    assert [(row.completion, row.desirable, row.id) for row in pairs] == [
+        ("b", True, "rows:1/chosen"), ("c", False, "rows:1/rejected"),
+    ]  # fmt: skip
+    assert pairs[0].columns == {"topic": "t"}
+    with pytest.raises(ValueError, match="column 'label' must be true or false, got 'good'"):
+        to_labelled([{"prompt": "a", "completion": "b", "label": "good"}])
+    with pytest.raises(ValueError, match="'completion' is empty"):
+        to_labelled([{"prompt": "a", "completion": " ", "label": True}])
+    with pytest.raises(ValueError, match="Accepted shapes"):
+        to_labelled([{"prompt": "a", "completion": "b"}])
