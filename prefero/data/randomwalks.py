@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from prefero.data.tokenize import Example
+from prefero.data.trajectories import EncodedTrajectory, rewarded
 from prefero.types import Prompt, Rollout, Score
 
 GOAL = "a"
@@ -154,6 +155,13 @@ class RandomWalks:
                 ids = (*ids, int(self.tokenizer.eos_token_id))
             examples.append(Example(ids, (0, *[1] * (len(ids) - 1))))
         return examples
+
+    def trajectories(self) -> list[EncodedTrajectory]:
+        """The walks that were drawn, with what they are worth."""
+        return [
+            rewarded(f"walk {number}", example, self.optimality(walk))
+            for number, (walk, example) in enumerate(zip(self.walks, self.examples(), strict=True), 1)
+        ]
 
     def reward(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """The worth of walks that were completed, read from the tokens themselves: a `Reward`.
