@@ -200,18 +200,27 @@ class ILQLActor(Actor):
 
         Raises ValueError for a folder without heads, or with those of another model.
         """
+        actor = cls(load_causal_lm(directory, **options))
+        actor.load_heads(directory)
+        actor.beta = actor.beta if beta is None else beta
+        return actor
+
+    def load_heads(self, directory: str | Path) -> None:
+        """Takes over the heads that `save_pretrained` wrote, and their `beta`. Raises ValueError as `from_pretrained`.
+
+        Under `deferral.defer_weights` too: heads are always built with weights.
+        """
         file = Path(resolve(directory)) / HEADS_FILE
         if not file.is_file():
             raise ValueError(f"{directory} holds no {HEADS_FILE}: give the export of an ILQL run")
-        actor = cls(load_causal_lm(directory, **options))
         with safe_open(file, "pt") as stored:
             heads = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 no mapping
-            actor.beta = float(stored.metadata()["beta"]) if beta is None else beta
+            beta = float(stored.metadata()["beta"])
         try:
-            actor.heads.load_state_dict(heads)
+            self.heads.load_state_dict(heads)
         except RuntimeError as error:
             raise ValueError(f"{file} does not fit the model beside it: {error}") from error
-        return actor
+        self.beta = beta
 
 
 def has_value_heads(name: str) -> bool:

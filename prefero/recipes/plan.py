@@ -146,14 +146,14 @@ def plan(name: str, overrides: Sequence[str], command: str = "pipeline", ranks: 
 def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tuple[str, float]]:
     """Changes that take less memory, one upon the other, up to the first with which the run fits."""
     model, so_far = config.model, ""
-    limits = [getattr(config, stage).micro_batch_tokens for stage in ("sft", "reward", "ppo")]
-    large = [stage for stage, limit in zip(("sft", "reward", "ppo"), limits, strict=True) if not 0 < limit <= 2048]
+    stages = ("ilql",) if command == "ilql" else ("sft", "reward", "ppo")
+    large = [stage for stage in stages if not 0 < getattr(config, stage).micro_batch_tokens <= 2048]
     changes: list[list[tuple[str, str, Any]]] = [
         [(stage, "micro_batch_tokens", 2048) for stage in large],
         [("engine", "slots", 16)] if config.engine.slots > 16 else [],
         [] if model.gradient_checkpointing else [("model", "gradient_checkpointing", True)],
         [] if model.lora_rank or model.num_layers_unfrozen else [("model", "lora_rank", 16)],
-        [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" else [],
+        [("ppo", "backbone", "shared")] if config.ppo.backbone == "separate" and "ppo" in stages else [],
     ]
     for change in filter(None, changes):
         for section, key, value in change:
@@ -196,7 +196,8 @@ def _steps(config: Config, sources: Sources, stage: str) -> int:
     if stage == "ppo" or (steps := getattr(config, stage).steps):
         return config.ppo.steps if stage == "ppo" else int(steps)
     settings = getattr(config, stage)
-    count = len(sources.sft("train") if stage == "sft" else sources.preferences("train"))
+    rows = {"sft": sources.sft, "reward": sources.preferences, "ilql": sources.trajectories}[stage]
+    count = len(rows("train"))
     return int(settings.epochs * math.ceil(min(count, settings.max_rows or count) / settings.batch_size))
 
 
@@ -219,6 +220,7 @@ def _try(
             ppo, steps=_STEPS, eval_every=0, save_every=0, critic_warmup=0, kl_budget=0.0,
             prompts_per_step=share(ppo.prompts_per_step), train_batch_size=share(ppo.train_batch_size),
         ),
+        ilql=replace(config.ilql, steps=_STEPS, eval_every=0, batch_size=share(config.ilql.batch_size)),
         evaluate=replace(
             evaluate, num_prompts=share(evaluate.num_prompts), max_pairs=min(64, evaluate.max_pairs),
             max_demonstrations=min(64, evaluate.max_demonstrations), best_of=0,
@@ -322,8 +324,8 @@ class Forecast:
 
     def seconds(self, stage: str) -> float:
         """All steps of a stage, and its examinations."""
-        ppo = self.config.ppo
-        examined = 2 + (ppo.steps // ppo.eval_every if ppo.eval_every else 0) if stage == "ppo" else 0
+        often = getattr(self.config, stage).eval_every if stage in ("ppo", "ilql") else None
+        examined = 0 if often is None else 2 + (self.steps[stage] // often if often else 0)
         every = self.numbers[f"{stage} seconds"] * self.steps[stage]
         return every + examined * self.numbers.get(f"{stage} evaluation", 0.0)
 

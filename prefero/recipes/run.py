@@ -22,6 +22,7 @@ from prefero.config import (
     resolve_key,
     to_dict,
 )
+from prefero.recipes.ilql import run_ilql
 from prefero.recipes.keeper import STOPPED, StoppedError
 from prefero.recipes.origin import check_config
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
@@ -37,6 +38,7 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "sft": run_sft,
     "reward": run_reward,
     "ppo": run_ppo,
+    "ilql": run_ilql,
 }
 
 
@@ -55,7 +57,7 @@ class Asked:
 def run(
     command: str, config: str, overrides: Sequence[str], out: str = "", overwrite: bool = False, resume: bool = False
 ) -> int:
-    """Runs pipeline, sft, reward or ppo; quickstart is the pipeline of configs/quickstart.yaml.
+    """Runs pipeline, sft, reward, ppo or ilql; quickstart is the pipeline of configs/quickstart.yaml.
 
     resume: goes on with the run in `out`, or the last one of that name below runs/ that has not ended. Returns the exit
     status: 0, or that of a run that was asked to stop.
