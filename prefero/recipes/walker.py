@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel
 
+from prefero.algorithms.ilql import ILQLSettings
 from prefero.data.collate import collate_examples
 from prefero.data.loader import Loader
 from prefero.data.randomwalks import RandomWalks
+from prefero.data.trajectories import collate_trajectories, scale_of, standardised
 from prefero.models.base import Actor
+from prefero.models.ilql import ILQLActor
 from prefero.optimizer import HybridAdam
 from prefero.strategies import NaiveStrategy, Strategy
+from prefero.trainer.ilql import ILQLTrainer
 from prefero.trainer.sft import SFTTrainer
+
+_WARMUP = 10
 
 
 def fresh_walker(task: RandomWalks, seed: int = 0) -> Actor:
@@ -42,3 +51,47 @@ def walker(
         actor, strategy or NaiveStrategy("cpu"), optimizer, batches, max_epochs=epochs, scheduler="constant"
     ).fit()
     return actor
+
+
+def ilql_walker(
+    task: RandomWalks,
+    seed: int = 0,
+    *,
+    steps: int = 200,
+    batch_size: int = 100,
+    learning_rate: float = 5e-4,
+    settings: ILQLSettings | None = None,
+    strategy: Strategy | None = None,
+) -> ILQLTrainer:
+    """A trainer that teaches a fresh policy the task's walks and their values in so many steps, once `fit` is called.
+
+    `trainer.model` is the `ILQLActor`; set its `beta` (100 is nearly the best by value) before it walks. settings: None
+    is trlX's (expectile, discount and scales of its random-walks example) but tau 0.9, and slow copies that move every
+    step. The rest as for `walker`. Raises ValueError for steps that are no whole number of passes over the walks.
+    """
+    rows = task.trajectories()
+    worth = scale_of(rows)
+    pad = int(task.tokenizer.pad_token_id)
+    made = [standardised(row, *worth) for row in rows]
+    batches = Loader(made, batch_size, lambda batch: collate_trajectories(batch, pad), seed=seed)
+    if steps < 1 or steps % len(batches):
+        raise ValueError(f"steps={steps} is no whole number of passes of {len(batches)} batches; give a multiple of it")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        actor = ILQLActor(fresh_walker(task, seed).model)
+    learned = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+    optimizer = HybridAdam(learned, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-6)
+
+    def course(step: int) -> float:
+        return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * min(step / steps, 1.0)))
+
+    return ILQLTrainer(
+        actor,
+        strategy or NaiveStrategy("cpu"),
+        optimizer,
+        batches,
+        max_epochs=steps // len(batches),
+        settings=settings or ILQLSettings(tau=0.9),
+        max_norm=1.0,
+        scheduler=LambdaLR(optimizer, course),
+    )

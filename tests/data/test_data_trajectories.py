@@ -99,9 +99,9 @@ def test_rewards_that_cannot_be_given_are_refused(example: Example, reward: Any,
 
 def test_rows_without_a_reward_and_rows_that_are_too_long_are_named() -> None:
     row = read({k: ROW[k] for k in ("prompt", "completion")})[0]
-    with pytest.raises(ValueError, match="mine.jsonl:1: it has no reward; give"):
+    with pytest.raises(ValueError, match=r"mine.jsonl:1: it has no reward; give"):
         encode_trajectory(tiny_tokenizer(), row)
-    with pytest.raises(TooLongError, match="mine.jsonl:1: 8 tokens do not fit"):
+    with pytest.raises(TooLongError, match=r"mine.jsonl:1: 8 tokens do not fit"):
         encode_trajectory(tiny_tokenizer(), read(ROW)[0], 7)
 
 
@@ -119,7 +119,7 @@ def test_what_texts_are_worth_gets_mean_0_and_deviation_1() -> None:
 
 def test_texts_that_are_all_worth_the_same_teach_nothing() -> None:
     example = Example((5, 6), (0, 1))
-    with pytest.raises(ValueError, match="all 3 texts were worth the same .0.1.*give rewards that differ"):
+    with pytest.raises(ValueError, match=r"all 3 texts were worth the same \(0.1\).*give rewards that differ"):
         scale_of([rewarded("x", example, 0.1)] * 3)
 
 

@@ -10,7 +10,7 @@ from prefero import __version__
 from prefero.cli import main
 
 COMMANDS = [
-    "quickstart", "pipeline", "sft", "reward", "ppo", "generate",
+    "quickstart", "pipeline", "sft", "reward", "ppo", "ilql", "generate",
     "evaluate", "chat", "report", "fetch", "doctor", "config",
 ]  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_config_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["pipeline", "nowhere.yaml"], "no config file nowhere.yaml (CONFIG comes first"),
-        (["pipeline", "nowhere.yaml"], "these come with prefero: configs/quickstart.yaml, configs/smollm2"),
+        (["pipeline", "nowhere.yaml"], "configs/quickstart.yaml, configs/smollm2"),
         (["quickstart", "--kl-coeff", "0"], "did you mean --kl-coef"),
         (["ppo", "configs/quickstart.yaml"], "model.path is empty"),
         (["reward", "configs/quickstart.yaml"], "model.path"),

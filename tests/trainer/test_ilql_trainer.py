@@ -1,4 +1,4 @@
-"""ILQL's trainer: any split gives one gradient, nothing comes after the last action, values guide to the best answers."""
+"""ILQL's trainer: any split gives one gradient, nothing follows the last action, values guide to the best answers."""
 
 import math
 from copy import deepcopy
@@ -16,6 +16,7 @@ from prefero.data.randomwalks import MAX_NODES, RandomWalks
 from prefero.data.tokenize import Example
 from prefero.models.ilql import ILQLActor
 from prefero.optimizer import HybridAdam
+from prefero.recipes.walker import ilql_walker
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.make import make_engine
@@ -181,7 +182,10 @@ def test_rewards_on_the_way_lead_somewhere_else_than_rewards_at_the_end() -> Non
 @pytest.mark.parametrize("seed", [1000, 1005])
 def test_on_random_walks_the_values_find_the_shortest_ways(seed: int) -> None:
     task = RandomWalks.generate(seed)
-    actor = learned_walker(task)
+    learner = ilql_walker(task, seed)
+    learner.fit()
+    actor = learner.model
+    assert isinstance(actor, ILQLActor)
     engine = make_engine(actor, task.tokenizer)
 
     def mean(beta: float, **how: Any) -> float:
