@@ -59,15 +59,18 @@ def ilql_walker(
     *,
     steps: int = 200,
     batch_size: int = 100,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 2e-4,
+    head_learning_rate: float = 3e-3,
     settings: ILQLSettings | None = None,
     strategy: Strategy | None = None,
 ) -> ILQLTrainer:
     """A trainer that teaches a fresh policy the task's walks and their values in so many steps, once `fit` is called.
 
     `trainer.model` is the `ILQLActor`; set its `beta` (100 is nearly the best by value) before it walks. settings: None
-    is trlX's (expectile, discount and scales of its random-walks example) but tau 0.9, and slow copies that move every
-    step. The rest as for `walker`. Raises ValueError for steps that are no whole number of passes over the walks.
+    is trlX's for this task (discount, scales, sync_rate) but for tau 0.95, and slow copies that move at every step. The
+    trunk's learning rate and GPT-2's dropout are trlX's too; what differs is that the heads learn faster than what they
+    stand on, and that the rates fall. The rest as for `walker`. Raises ValueError for steps that are no whole number of
+    passes over the walks.
     """
     rows = task.trajectories()
     worth = scale_of(rows)
@@ -79,8 +82,9 @@ def ilql_walker(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         actor = ILQLActor(fresh_walker(task, seed).model)
-    learned = [parameter for parameter in actor.parameters() if parameter.requires_grad]
-    optimizer = HybridAdam(learned, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-6)
+    heads = [parameter for parameter in actor.heads.parameters() if parameter.requires_grad]
+    groups = [{"params": list(actor.model.parameters())}, {"params": heads, "lr": head_learning_rate}]
+    optimizer = HybridAdam(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-6)
 
     def course(step: int) -> float:
         return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * min(step / steps, 1.0)))
@@ -91,7 +95,8 @@ def ilql_walker(
         optimizer,
         batches,
         max_epochs=steps // len(batches),
-        settings=settings or ILQLSettings(tau=0.9),
+        settings=settings or ILQLSettings(tau=0.95),
         max_norm=1.0,
+        dropout=True,
         scheduler=LambdaLR(optimizer, course),
     )
