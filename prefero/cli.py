@@ -22,6 +22,7 @@ _RUN_COMMANDS = {
     "orpo": "ORPO: imitation and comparisons in one loss",
     "simpo": "SFT, then SimPO: comparisons without a reference",
     "cpo": "SFT, then CPO: comparisons without a reference, beside imitation",
+    "ilql": "offline: imitate rewarded texts, guided by what their tokens were worth (ILQL)",
 }
 
 ENVIRONMENT = {
@@ -147,6 +148,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")
     command.add_argument("--min-p", type=float, default=0.0, metavar="P", help="relative to the likeliest token")
     command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer of them")
+    command.add_argument("--beta", type=float, metavar="X", help="how much value heads guide (default: as trained)")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be given again")
     command.add_argument("--seed", type=int, default=0, metavar="N")
     command.add_argument("--device", default="", metavar="D", help="cpu, cuda or mps (default: the best one present)")

@@ -71,11 +71,17 @@ class DataConfig:
     sft: str = Field(default="", description="Rows to imitate: a JSONL, CSV or parquet file, or a hub name.")
     preferences: str = Field(default="", description="Comparisons, for KTO also labelled rows, to learn from.")
     prompts: str = Field(default="", description="Prompts the policy practises on.")
+    trajectories: str = Field(
+        default="", description="Texts with a column `reward` (or scored by `ilql.rewards`) to learn values from."
+    )
     sft_heldout: str = Field(default="", description="Rows never imitated; empty: a share of `sft`.")
     preferences_heldout: str = Field(
         default="", description="Comparisons never trained on; empty: a share of `preferences`."
     )
     prompts_heldout: str = Field(default="", description="Prompts never trained on; empty: a share of `prompts`.")
+    trajectories_heldout: str = Field(
+        default="", description="Rewarded texts never trained on; empty: a share of `trajectories`."
+    )
     heldout_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="Share of distinct prompts set aside where no held-out file is given."
     )
@@ -407,6 +413,59 @@ class CPOConfig(PreferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ILQLConfig:
+    """Implicit language Q-learning: `prefero ilql`."""
+
+    rewards: dict[str, RewardPart] = Field(
+        default_factory=dict, description="Named terms that score the rows; empty: their own column `reward`."
+    )
+    standardise: bool = Field(
+        default=True, description="Give what the rows were worth mean 0 and standard deviation 1."
+    )
+    steps: int = Field(default=0, ge=0, description="Optimizer steps; 0: `epochs` passes over the rows.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the rows when `steps` is 0.")
+    max_rows: int = Field(default=0, ge=0, description="Use only this many rows; 0: all.")
+    batch_size: int = Field(default=32, ge=1, description="Rows an optimizer step.")
+    micro_batch_size: int = Field(default=0, ge=0, description="Rows a forward pass; 0: any number.")
+    micro_batch_tokens: int = Field(
+        default=16384, ge=0, description="Tokens a forward pass, each text as long as its longest; 0: any number."
+    )
+    learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate of the language model.")
+    head_learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate of the value heads.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine",
+        description="Both rates after their rise: constant, or falling to zero in a line or a cosine.",
+    )
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps during which the rates rise."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_length: int = Field(default=512, ge=2, description="Longest row in tokens; a longer one is an error.")
+    tau: float = Field(
+        default=0.9, gt=0, lt=1, description="Expectile of V: 0.5 is the mean of what was done, towards 1 the best."
+    )
+    gamma: float = Field(default=0.99, ge=0, le=1, description="Discount per token.")
+    awac_beta: float = Field(
+        default=0.0, ge=0, description="Imitation weighs a token by exp(awac_beta x advantage); 0: all alike."
+    )
+    awac_scale: float = Field(default=1.0, ge=0, description="Weight of imitation beside the losses of Q and V.")
+    cql_scale: float = Field(
+        default=0.1, ge=0, description="Weight of the conservative loss, which holds down Q of what nobody said."
+    )
+    sync_rate: float = Field(default=0.1, gt=0, le=1, description="How far Q's slow copies move towards it at a time.")
+    sync_every: int = Field(default=1, ge=1, description="They move every so many steps.")
+    beta: float = Field(
+        default=1.0,
+        ge=0,
+        description="How much the values guide the answers, of examinations and of the exported model; 0: not at all.",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in examinations.")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature in examinations.")
+    top_k: int = Field(default=0, ge=0, description="Answers are drawn from so many likeliest tokens; 0: all.")
+    eval_every: int = Field(default=0, ge=0, description="Held-out evaluation every so many steps; 0: at the end only.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EngineConfig:
     """Who samples: `native` is our own, `hf` takes any Hugging Face model and is slower."""
 
@@ -454,6 +513,7 @@ class Config:
     orpo: ORPOConfig = Field(default_factory=lambda: ORPOConfig())
     simpo: SimPOConfig = Field(default_factory=lambda: SimPOConfig())
     cpo: CPOConfig = Field(default_factory=lambda: CPOConfig())
+    ilql: ILQLConfig = Field(default_factory=lambda: ILQLConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
 
@@ -477,6 +537,7 @@ def _contradictions(c: Config) -> Iterator[str]:
     yield from _about_ppo(c)
     yield from _about_rewards(c)
     yield from _about_preferences(c)
+    yield from _about_ilql(c)
 
 
 def _about_data(c: Config) -> Iterator[str]:
@@ -617,9 +678,22 @@ def _about_rewards(c: Config) -> Iterator[str]:
             )
 
 
+def _about_ilql(c: Config) -> Iterator[str]:
+    for name, part in c.ilql.rewards.items():
+        if not name.isidentifier():
+            yield f"ilql.rewards names a part {name!r}; name it with letters, digits and underscores, a letter first"
+        if part.use == "trained":
+            yield f"ilql.rewards.{name}.use is `trained`, but no reward model is trained before; use model:FOLDER"
+        if part.use and part.use == c.evaluate.gold:
+            yield (
+                f"evaluate.gold is {part.use!r}, which ilql.rewards.{name} is trained on; "
+                "an independent scorer is another one than the reward"
+            )
+
+
 _KEYS_OF_FILES = (
-    "sft", "preferences", "prompts", "sft_heldout", "preferences_heldout", "prompts_heldout", "heldout_fraction",
-    "max_bad_rows",
+    "sft", "preferences", "prompts", "trajectories", "sft_heldout", "preferences_heldout", "prompts_heldout",
+    "trajectories_heldout", "heldout_fraction", "max_bad_rows",
 )  # fmt: skip
 
 PREFERENCE_STAGES = ("dpo", "kto", "orpo", "simpo", "cpo")
@@ -633,6 +707,9 @@ KINDS_OF_KEYS = {
     "device": ("naive",),
 }
 """The kinds of strategy that a key of `strategy` has an effect with, where it is not all of them."""
+
+_OF_ONE_COMMAND = ("ilql",)
+"""Sections that are read by the command of that name alone: nobody else means them by the ending of a key."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "") -> Config:
@@ -742,7 +819,7 @@ def resolve_key(key: str, *, section: str = "", flag: bool = False) -> tuple[str
     """
     path = tuple(key.split("."))
     shown = f"--{key.replace('_', '-')}" if flag else key
-    sections = [item.name for item in fields(Config)]
+    sections = [item.name for item in fields(Config) if item.name == section or item.name not in _OF_ONE_COMMAND]
     found = [full for full in (path, *((name, *path) for name in sections)) if _inside(full, Config)]
     # What another algorithm calls its keys does not make those of a pipeline ambiguous.
     visible = [full for full in found if full == path or full[0] == section or full[0] not in PREFERENCE_STAGES]
@@ -857,7 +934,7 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 
 __all__ = [
-    "CPOConfig", "Config", "ConfigError", "DPOConfig", "DataConfig", "EvaluateConfig", "KTOConfig", "ModelConfig",
-    "ORPOConfig", "PPOConfig", "PreferenceConfig", "RewardConfig", "RewardPart", "SFTConfig", "SimPOConfig",
-    "StrategyConfig", "describe", "load_config", "parse_overrides", "resolve_key", "to_dict", "walk",
+    "CPOConfig", "Config", "ConfigError", "DPOConfig", "DataConfig", "EvaluateConfig", "ILQLConfig", "KTOConfig",
+    "ModelConfig", "ORPOConfig", "PPOConfig", "PreferenceConfig", "RewardConfig", "RewardPart", "SFTConfig",
+    "SimPOConfig", "StrategyConfig", "describe", "load_config", "parse_overrides", "resolve_key", "to_dict", "walk",
 ]  # fmt: skip

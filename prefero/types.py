@@ -123,6 +123,13 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
+class TrajectoryBatch(TokenBatch):
+    """Rows to learn values from: the tokens of the loss mask are actions, rewards [B, T] come after the tokens."""
+
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
 class PreferenceBatch:
     """N comparisons over M distinct texts, each text forwarded once.
 

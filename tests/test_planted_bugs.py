@@ -20,6 +20,7 @@ METAMORPHIC = "tests/trainer/test_metamorphic_ppo.py"
 PACKING = "tests/models/test_model_packing.py"
 PREFERENCES = "tests/functional/test_preference_vectors.py"
 PAIRS = "tests/trainer/test_preference_trainers.py"
+ILQL = "tests/functional/test_ilql_formula.py"
 DISTRIBUTED = "tests/strategies/test_distributed.py"
 BUGS = [
     # the formulas
@@ -54,6 +55,16 @@ BUGS = [
     ("a hydra's value is of the state after", "models/shared.py", "score_hidden(self.value_head, hidden[:, -action_mask.shape[1] - 1 : -1])", "score_hidden(self.value_head, hidden[:, -action_mask.shape[1] :])", "tests/models/test_model_shared.py"),
     ("reward adapters are put on any weights", "models/shared.py", 'known["fingerprint"] != fingerprint(trunk.config, state)', "False", "tests/models/test_model_shared.py"),
     ("a role's checkpoint moves the weights of others", "strategies/base.py", "self._check_shared(model, state)", "pass", "tests/models/test_model_shared.py"),
+    # values of tokens
+    ("a text's last action is followed by itself", "functional/ilql.py", "ahead[:, 1:], (0, 1), value=beyond)", "ahead[:, 1:], (0, 1), value=beyond - 1)", ILQL),
+    ("V learns to be what it is compared with", "functional/ilql.py", "next_values(values.detach(), mask)", "next_values(values, mask)", ILQL),
+    ("V is the mean of the worse half", "functional/ilql.py", "torch.where(error < 0, (1.0 - tau) * square, tau * square)", "torch.where(error > 0, (1.0 - tau) * square, tau * square)", ILQL),
+    ("what others say takes time", "functional/ilql.py", "places = torch.where(mask.bool(), columns, beyond)", "places = columns", ILQL),
+    ("the slow copies learn by gradients too", "models/ilql.py", "freeze(deepcopy(self.q1)), freeze(deepcopy(self.q2))", "deepcopy(self.q1), deepcopy(self.q2)", "tests/models/test_model_ilql.py"),
+    ("the slow copies never move", "trainer/ilql.py", "self.algorithm.stepped(self.num_steps)", "pass", "tests/trainer/test_ilql_trainer.py"),
+    ("values guide by what still learns", "models/ilql.py", "target_qs = [self.target_q1(hidden), self.target_q2(hidden)]", "target_qs = [self.q1(hidden), self.q2(hidden)]", "tests/models/test_model_ilql.py"),
+    ("values read the token they choose", "models/ilql.py", "found = self.heads.read(hidden.flatten(0, 1).index_select(0, index), chosen)", "found = self.heads.read(hidden.flatten(0, 1).roll(-1, 0).index_select(0, index), chosen)", "tests/models/test_model_ilql.py"),
+    ("a walk that is too late is worth something", "data/randomwalks.py", "length = min(place, MAX_NODES)", "length = place", "tests/worlds/test_randomwalks.py"),
     # the loop
     ("every micro-batch is averaged by itself", "trainer/update.py", "losses(batch, total)", "losses(batch, float(count(batch)))", METAMORPHIC),
     ("dropout stays on while PPO learns", "trainer/ppo.py", "learning_mode(learner.model, dropout=False)", "learning_mode(learner.model, dropout=True)", METAMORPHIC),

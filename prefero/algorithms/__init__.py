@@ -3,6 +3,7 @@
 from prefero.algorithms.base import Algorithm, OnlineAlgorithm
 from prefero.algorithms.cpo import CPO
 from prefero.algorithms.dpo import DPO
+from prefero.algorithms.ilql import ILQL, ILQLSettings
 from prefero.algorithms.kto import KTO
 from prefero.algorithms.orpo import ORPO
 from prefero.algorithms.ppo import PPO, PPOSettings
@@ -11,5 +12,6 @@ from prefero.algorithms.sft import SFT
 from prefero.algorithms.simpo import SimPO
 
 __all__ = [
-    "CPO", "DPO", "KTO", "ORPO", "PPO", "SFT", "Algorithm", "OnlineAlgorithm", "PPOSettings", "RewardModeling", "SimPO",
+    "CPO", "DPO", "ILQL", "KTO", "ORPO", "PPO", "SFT", "Algorithm", "ILQLSettings", "OnlineAlgorithm", "PPOSettings",
+    "RewardModeling", "SimPO",
 ]  # fmt: skip

@@ -15,10 +15,12 @@ from prefero.data.formats import (
     Labelled,
     PromptRow,
     SFTRow,
+    Trajectory,
     to_labelled,
     to_preferences,
     to_prompts,
     to_sft,
+    to_trajectories,
 )
 from prefero.data.loader import Loader
 from prefero.data.sources import Rows, as_rows, read_rows, require_columns
@@ -41,6 +43,14 @@ from prefero.data.tokenize import (
     keep_end,
     with_unrelated,
 )
+from prefero.data.trajectories import (
+    EncodedTrajectory,
+    collate_trajectories,
+    encode_trajectory,
+    rewarded,
+    scale_of,
+    standardised,
+)
 
 __all__ = [
     "Comparison",
@@ -49,6 +59,7 @@ __all__ = [
     "EncodedComparison",
     "EncodedLabel",
     "EncodedPair",
+    "EncodedTrajectory",
     "Example",
     "Labelled",
     "Loader",
@@ -56,11 +67,13 @@ __all__ = [
     "Rows",
     "SFTRow",
     "TooLongError",
+    "Trajectory",
     "as_rows",
     "collate_comparisons",
     "collate_examples",
     "collate_labelled",
     "collate_pairs",
+    "collate_trajectories",
     "encode_comparison",
     "encode_conversation",
     "encode_example",
@@ -70,16 +83,21 @@ __all__ = [
     "encode_prompts",
     "encode_rows",
     "encode_sft",
+    "encode_trajectory",
     "frame",
     "keep_end",
     "left_pad",
     "pad_id",
     "read_rows",
     "require_columns",
+    "rewarded",
     "right_pad",
+    "scale_of",
+    "standardised",
     "to_labelled",
     "to_preferences",
     "to_prompts",
     "to_sft",
+    "to_trajectories",
     "with_unrelated",
 ]

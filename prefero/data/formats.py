@@ -85,6 +85,18 @@ class PromptRow:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """What was said, and what it was worth: on the whole, or for each token that was chosen; None: not known yet.
+
+    columns: the row's other columns, which whoever scores it may need.
+    """
+
+    row: SFTRow
+    reward: float | tuple[float, ...] | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Table(Sequence[T], Generic[T]):
     """Converted rows: what shape they came in, which rows were bad, and how many were dropped for what reason."""
 
@@ -437,6 +449,30 @@ def to_prompts(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = 
         return PromptRow(row_id, shape.prompt(row), {k: v for k, v in row.items() if k != "prompt"})
 
     return _convert(rows, [s for s in SHAPES if s.name != "text"], convert, max_bad_rows)
+
+
+def to_trajectories(rows: Iterable[Mapping[str, Any]], *, max_bad_rows: int | None = None) -> Table[Trajectory]:
+    """Rows to learn values from: demonstrations or conversations, and their column `reward` where there is one.
+
+    Raises ValueError for an unknown shape and for more bad rows (missing or empty answers, wrong types, rewards that
+    are no finite numbers) than the budget.
+    """
+
+    def convert(shape: Shape, row: Row, row_id: str) -> Trajectory:
+        demonstrated: SFTRow
+        if shape.messages is not None:
+            demonstrated = Conversation(row_id, shape.messages(row))
+        else:
+            assert shape.completion is not None
+            demonstrated = Demonstration(row_id, shape.prompt(row), shape.completion(row))
+        reward = row.get("reward")
+        if isinstance(reward, (list, tuple)):
+            reward = tuple(_number({"reward": number}, "reward") for number in reward)
+        elif reward is not None:
+            reward = _number(row, "reward")
+        return Trajectory(demonstrated, reward, {k: v for k, v in _further(shape, row).items() if k != "reward"})
+
+    return _convert(rows, [s for s in SHAPES if s.messages or s.completion], convert, max_bad_rows)
 
 
 def _further(shape: Shape, row: Row) -> dict[str, Any]:

@@ -91,6 +91,8 @@ TRUST = 6.0
 """How sharply the comparisons follow the taste: P(chosen = better) = sigmoid(TRUST * difference in taste)."""
 DAMAGED = 0.25
 """The share of damaged drafts in the comparisons."""
+OPINION = 0.2
+"""The standard deviation of ratings around the taste."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,21 @@ class GrammarWorld:
             if rng.random() >= better:
                 first, second = second, first
             rows.append({"prompt": question, "chosen": first, "rejected": second})
+        return rows
+
+    def rated_rows(self, n: int, split: Split = "train") -> list[dict[str, Any]]:
+        """`n` questions with an answer each and how readers rated it: the hidden taste, with the noise of opinions.
+
+        Answers come from the corpus's own distribution, one in four damaged, as in `preference_rows`.
+        """
+        rng = self._random("rated", split)
+        questions = self.prompts(split)
+        rows: list[dict[str, Any]] = []
+        for _ in range(n):
+            question = rng.choice(questions)
+            answer = " " + self._draft(rng, topic_of(question))
+            rating = self.gold(question, answer) + rng.gauss(0.0, OPINION)
+            rows.append({"prompt": question, "completion": answer, "reward": round(rating, 3)})
         return rows
 
     def gold(self, prompt: str, completion: str) -> float:

@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from prefero.cache import cache_root
 from prefero.data.convert import write_jsonl
@@ -100,6 +100,14 @@ def reviews(split: Split, path: Path | None = None) -> list[Review]:
 def sft_rows(split: Split = "train", path: Path | None = None) -> list[dict[str, str]]:
     """Every review as the completion of one fixed prompt, fresh and rotten alike."""
     return [{"prompt": PROMPT, "completion": " " + review.text} for review in reviews(split, path)]
+
+
+def rated_rows(split: Split = "train", path: Path | None = None) -> list[dict[str, Any]]:
+    """Every review as the completion of one fixed prompt, worth 1 where it is fresh and -1 where it is rotten."""
+    return [
+        {"prompt": PROMPT, "completion": " " + review.text, "reward": 1.0 if review.label == "fresh" else -1.0}
+        for review in reviews(split, path)
+    ]
 
 
 def preference_rows(

@@ -18,7 +18,8 @@ from prefero.data.tokenize import Example
 from prefero.functional import masked
 from prefero.models.base import LM, Actor
 from prefero.models.loading import resolve
-from prefero.recipes.evaluation import kl_from_reference
+from prefero.recipes.evaluation import Examination, kl_from_reference
+from prefero.recipes.ilql import build_rewards, make_guided_examination
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import make_examination
 from prefero.recipes.rewards import Judging, load_model_reward
@@ -31,6 +32,7 @@ from prefero.rollout.make import make_engine
 from prefero.strategies import NaiveStrategy, Strategy
 from prefero.tracking.base import sample_rows
 from prefero.tracking.report import write_report
+from prefero.tracking.run_folder import RunFolder
 from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
 
 Measure = Callable[[], tuple[Metrics, list[ScoredRollout]]]
@@ -95,7 +97,7 @@ def _answers(
     """Answers to the held-out prompts: reward, gold, diversity, and the KL where there is a reference."""
     if args.reward_model:  # named to be asked, also where the run's own rewards are others
         config = replace(config, ppo=replace(config.ppo, rewards={}))
-    examination = make_examination(config, sources, tokenizer, reward_model, strategy)
+    examination = _examination(args, config, sources, tokenizer, reward_model, strategy)
     named = _part_of(Path(args.model).expanduser(), "sft", args.reference)
     reference = None if named is None else load_for_use(str(named), config.strategy.device)[0]
 
@@ -107,6 +109,23 @@ def _answers(
         return metrics, result.rollouts
 
     return measure
+
+
+def _examination(
+    args: Namespace, config: Config, sources: Sources, tokenizer: Any, reward_model: Path | None, strategy: Strategy
+) -> Examination:
+    """The run's own: of a run of ILQL its questions, with `ilql.rewards` or the gold scorer."""
+    run = Path(args.model).expanduser()
+    offline = (run / "summary.json").is_file() and RunFolder.open(run).summary().get("command") == "ilql"
+    if not offline or args.config or args.reward_model:
+        return make_examination(config, sources, tokenizer, reward_model, strategy)
+    found = make_guided_examination(config, sources, tokenizer, build_rewards(config, strategy), strategy)
+    if found is None:
+        raise ConfigError(
+            f"{args.model} learned from rewards that came with its rows, so nobody can score a new answer; name a "
+            "reward model with --reward-model, or a config with rewards with --config"
+        )
+    return found
 
 
 def _preferences(

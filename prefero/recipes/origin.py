@@ -77,12 +77,13 @@ def _own_code() -> str:
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
     """What the config names on this disk, by the name it gives: rows, weights of models, code of rewards."""
-    rows = (f"{kind}{part}" for kind in ("sft", "preferences", "prompts") for part in ("", "_heldout"))
+    rows = (f"{kind}{part}" for kind in ("sft", "preferences", "prompts", "trajectories") for part in ("", "_heldout"))
     for name in (str(getattr(config.data, key)) for key in rows):
         file = local_file(name) if name else None
         if file is not None:
             yield name, file
-    used = [*(part.use for part in config.ppo.rewards.values()), config.evaluate.gold]
+    parts = (*config.ppo.rewards.values(), *config.ilql.rewards.values())
+    used = [*(part.use for part in parts), config.evaluate.gold]
     for use in used:
         code = Path(use.rpartition(":")[0])
         if code.suffix == ".py" and code.is_file():

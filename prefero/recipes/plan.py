@@ -150,7 +150,9 @@ def _cures(config: Config, command: str, ranks: int, room: int) -> Iterator[tupl
     A change that the rest of the config does not allow is left out.
     """
     model, samples = config.model, command == "ppo" or (command == "pipeline" and not config.ppo.skip)
-    stages = ("sft", command) if command in PREFERENCE_STAGES else ("sft", "reward", "ppo")
+    stages: tuple[str, ...] = ("ilql",) if command == "ilql" else ("sft", "reward", "ppo")
+    if command in PREFERENCE_STAGES:
+        stages = ("sft", command)
     large = [stage for stage in stages if not 0 < getattr(config, stage).micro_batch_tokens <= 2048]
     changes: list[list[tuple[str, str, Any]]] = [
         [(stage, "micro_batch_tokens", 2048) for stage in large],
@@ -208,7 +210,7 @@ def _steps(config: Config, sources: Sources, stage: str) -> int:
     if stage == "ppo" or (steps := getattr(config, stage).steps):
         return config.ppo.steps if stage == "ppo" else int(steps)
     settings = getattr(config, stage)
-    of = {"sft": sources.sft, "kto": sources.labelled}.get(stage, sources.preferences)
+    of = {"sft": sources.sft, "kto": sources.labelled, "ilql": sources.trajectories}.get(stage, sources.preferences)
     count = len(of("train"))
     return int(settings.epochs * math.ceil(min(count, settings.max_rows or count) / settings.batch_size))
 
@@ -234,6 +236,7 @@ def _try(
             prompts_per_step=share(ppo.prompts_per_step), train_batch_size=share(ppo.train_batch_size),
         ),
         **few,
+        ilql=replace(config.ilql, steps=_STEPS, eval_every=0, batch_size=share(config.ilql.batch_size)),
         evaluate=replace(
             evaluate, num_prompts=share(evaluate.num_prompts), max_pairs=min(64, evaluate.max_pairs),
             max_demonstrations=min(64, evaluate.max_demonstrations), best_of=0,
@@ -344,8 +347,8 @@ class Forecast:
 
     def seconds(self, stage: str) -> float:
         """All steps of a stage, and its examinations."""
-        ppo = self.config.ppo
-        examined = 2 + (ppo.steps // ppo.eval_every if ppo.eval_every else 0) if stage == "ppo" else 0
+        often = getattr(self.config, stage).eval_every if stage in ("ppo", "ilql") else None
+        examined = 0 if often is None else 2 + (self.steps[stage] // often if often else 0)
         every = self.numbers[f"{stage} seconds"] * self.steps[stage]
         return every + examined * self.numbers.get(f"{stage} evaluation", 0.0)
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from prefero.config import PREFERENCE_STAGES, Config, ConfigError, RewardPart
 from prefero.data import encode_comparison
 from prefero.models.loading import LoadOptions, load_config, load_tokenizer
+from prefero.recipes.ilql import check_trajectories
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import load_prompts
 from prefero.recipes.preference import heldout_prompts, read_preference_rows
@@ -44,6 +45,9 @@ def preflight(config: Config, command: str) -> Sources:
         _check_ppo(config, sources, policy, trained="reward" in stages)
     if command in PREFERENCE_STAGES:
         _check_preferences(config, sources, policy, command)
+    if "ilql" in stages:
+        assert policy is not None, "checked before"
+        check_trajectories(config, sources, policy.tokenizer, Limits.of(policy.settings))
     return sources
 
 
@@ -71,7 +75,7 @@ def _check_policy(config: Config, command: str, stages: set[str], sources: Sourc
     if config.model.path:
         settings = load_config(config.model.path, LoadOptions(trust_remote_code=trust))
         return _Policy(settings, load_tokenizer(config.model.tokenizer or config.model.path, trust_remote_code=trust))
-    if "sft" in stages or command == "orpo":  # which imitates, too
+    if stages & {"sft", "ilql"} or command == "orpo":  # which imitates, too
         fresh = sources.scratch()
         if fresh is None:
             raise ConfigError(

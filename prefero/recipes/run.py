@@ -24,6 +24,7 @@ from prefero.config import (
     resolve_key,
     to_dict,
 )
+from prefero.recipes.ilql import run_ilql
 from prefero.recipes.keeper import STOPPED, StoppedError
 from prefero.recipes.origin import check_config
 from prefero.recipes.pipeline import run_pipeline, run_ppo, run_reward, run_sft
@@ -41,6 +42,7 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "reward": run_reward,
     "ppo": run_ppo,
     **{name: partial(run_preference, name=name) for name in PREFERENCE_STAGES},
+    "ilql": run_ilql,
 }
 
 

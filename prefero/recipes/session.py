@@ -304,10 +304,10 @@ def adamw(
 ) -> Optimizer:
     """Fused AdamW over the weights that train; norms and biases are not decayed, adapters learn faster if told to.
 
-    head_rate: the learning rate of a value head beside the network; without one, it is that of all weights.
+    head_rate: the learning rate of value heads beside the network; without one, it is that of all weights.
     """
     rate = learning_rate * (config.model.lora_learning_rate_factor if has_lora(model) else 1.0)
-    head = getattr(model, "value_head", None) if has_lora(model) or head_rate else None
+    head = getattr(model, "value_head", getattr(model, "heads", None)) if has_lora(model) or head_rate else None
     of_head = [parameter for parameter in head.parameters() if parameter.requires_grad] if head is not None else []
     apart = {id(parameter) for parameter in of_head}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in apart]

@@ -20,10 +20,12 @@ from prefero.data.formats import (
     PromptRow,
     SFTRow,
     Table,
+    Trajectory,
     to_labelled,
     to_preferences,
     to_prompts,
     to_sft,
+    to_trajectories,
 )
 from prefero.data.grammar import GrammarWorld
 from prefero.data.sources import Rows, read_rows
@@ -32,7 +34,7 @@ from prefero.rewards.functions import FunctionReward
 from prefero.tracking.text import for_terminal
 
 Split = Literal["train", "heldout"]
-RowT = TypeVar("RowT", PromptRow, Comparison, Labelled, SFTRow)
+RowT = TypeVar("RowT", PromptRow, Comparison, Labelled, SFTRow, Trajectory)
 ItemT = TypeVar("ItemT")
 
 
@@ -62,6 +64,14 @@ class Sources(ABC):
     def prompts(self, split: Split) -> Sequence[PromptRow]:
         """Prompts to practise on or to be examined with."""
 
+    @abstractmethod
+    def trajectories(self, split: Split) -> Sequence[Trajectory]:
+        """Texts with what they were worth."""
+
+    def questions(self, split: Split) -> Sequence[PromptRow]:
+        """Prompts to examine with whoever learned from `trajectories`."""
+        return self.prompts(split)
+
     def yardsticks(self) -> Yardsticks:
         """What the world itself measures answers by, besides the reward."""
         return Yardsticks()
@@ -88,6 +98,10 @@ class GrammarSources(Sources):
 
     def prompts(self, split: Split) -> Sequence[PromptRow]:
         return to_prompts(Rows([{"prompt": text} for text in self.world.prompts(split)], "grammar"))
+
+    def trajectories(self, split: Split) -> Sequence[Trajectory]:
+        rows = self.world.rated_rows(6_000 if split == "train" else 500, split)
+        return to_trajectories(Rows(rows, "grammar"))
 
     def yardsticks(self) -> Yardsticks:
         def gold(prompt: str, completion: str, **columns: Any) -> float:
@@ -121,6 +135,9 @@ class MovieSources(Sources):
         texts = movies.prompts(_MOVIE_SPLIT[split], 4_000 if split == "train" else 500, seed=self.seed)
         return to_prompts(Rows([{"prompt": text} for text in texts], "rotten-tomatoes"))
 
+    def trajectories(self, split: Split) -> Sequence[Trajectory]:
+        return to_trajectories(Rows(movies.rated_rows(_MOVIE_SPLIT[split]), "rotten-tomatoes"))
+
 
 class FileSources(Sources):
     """The user's own rows; what has no held-out file is split by prompt."""
@@ -140,6 +157,21 @@ class FileSources(Sources):
 
     def prompts(self, split: Split) -> Sequence[PromptRow]:
         return self._rows("prompts", to_prompts, split)
+
+    def trajectories(self, split: Split) -> Sequence[Trajectory]:
+        return self._rows("trajectories", to_trajectories, split)
+
+    def questions(self, split: Split) -> Sequence[PromptRow]:
+        """Those of `data.prompts`, where it is given; else the different ones of the rewarded texts."""
+        if self.config.prompts:
+            return self.prompts(split)
+        asked: dict[str, PromptRow] = {}
+        for found in self.trajectories(split):
+            row = found.row
+            prompt = row.messages[:-1] if isinstance(row, Conversation) else row.prompt
+            if prompt:
+                asked.setdefault(repr(prompt), PromptRow(row.id, prompt, found.columns))
+        return list(asked.values())
 
     def _rows(self, name: str, convert: Callable[..., Table[RowT]], split: Split) -> Sequence[RowT]:
         if getattr(self.config, f"{name}_heldout"):
@@ -188,8 +220,10 @@ def _say_what_is_missing(table: Table[Any]) -> None:
             print(f"{table.source}: {count} rows left out ({why})", file=sys.stderr)
 
 
-def _question(row: PromptRow | Comparison | Labelled | SFTRow) -> str:
+def _question(row: PromptRow | Comparison | Labelled | SFTRow | Trajectory) -> str:
     """What decides a row's split: its prompt, so that one prompt never lands in both."""
+    if isinstance(row, Trajectory):
+        return _question(row.row)
     prompt = row.messages[:-1] if isinstance(row, Conversation) else row.prompt
     # Plain texts have no prompt: each is its own.
     return repr(prompt or (row.completion if isinstance(row, Demonstration) else row))

@@ -17,6 +17,7 @@ from prefero.data.sources import read_rows
 from prefero.data.tokenize import encode_prompt
 from prefero.models.auto import AutoActor
 from prefero.models.base import Actor
+from prefero.models.ilql import ILQLActor, has_value_heads
 from prefero.models.loading import load_tokenizer
 from prefero.recipes.session import num_parameters, set_up_machine
 from prefero.rollout.engine import SamplingParams
@@ -26,11 +27,22 @@ from prefero.tracking.text import for_terminal, visible
 from prefero.types import Message, Prompt
 
 
-def load_for_use(name: str, device: str = "", trust_remote_code: bool = False) -> tuple[Actor, PreTrainedTokenizerBase]:
-    """A model to sample from (a run, model folder, fetched or hub name) on its device, with its tokenizer."""
+def load_for_use(
+    name: str, device: str = "", trust_remote_code: bool = False, beta: float | None = None
+) -> tuple[Actor, PreTrainedTokenizerBase]:
+    """A model to sample from (a run, model folder, fetched or hub name) on its device, with its tokenizer.
+
+    beta: how much its value heads guide it (None: as it was trained to). Raises ValueError where it has none.
+    """
     place = pick_device(device or None)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    actor = AutoActor(pretrained=name, trust_remote_code=trust_remote_code)
+    actor: Actor
+    if has_value_heads(name):
+        actor = ILQLActor.from_pretrained(name, beta, trust_remote_code=trust_remote_code)
+    elif beta is not None:
+        raise ValueError(f"--beta is {beta}, but {name} has no value heads that could guide it; leave it out")
+    else:
+        actor = AutoActor(pretrained=name, trust_remote_code=trust_remote_code)
     set_up_machine(num_parameters(actor))
     return actor.requires_grad_(False).to(place), tokenizer
 
@@ -60,7 +72,7 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {args.out}, but there is no folder {Path(args.out).parent}; make it first")
-    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code)
+    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code, args.beta)
     chat = _was_chat(args.model) if args.chat is None else args.chat
     prompts = [encode_prompt(tokenizer, text, id, chat=chat) for id, text in _texts(args)]
     params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
@@ -115,7 +127,7 @@ def _checked(text: str, name: str) -> str:
 
 def chat(args: Namespace) -> None:
     """`prefero chat`: a conversation in the terminal; models without a chat template continue each line on its own."""
-    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code)
+    actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code, args.beta)
     engine, context = make_engine(actor, tokenizer), _context(actor)
     templated = bool(tokenizer.chat_template)
     if args.system and not templated:

@@ -47,6 +47,7 @@ _SECTION_TITLES = {
     "policy": "Policy updates",
     "actor": "Actor",
     "value": "Value estimates",
+    "ilql": "Imitation and values (ILQL)",
     "critic": "Critic",
     "eval": "Evaluation",
     "other": "Other",

@@ -31,6 +31,7 @@ class Batch(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
+RowsT = TypeVar("RowsT", bound=TokenBatch)
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,13 @@ def split_experience(
             for rows in limit.slices(lengths, group=group)]  # fmt: skip
 
 
-def split_tokens(batch: TokenBatch, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE) -> list[TokenBatch]:
-    """Micro-batches of rows to imitate, each cut to its own longest row."""
+def split_tokens(batch: RowsT, limit: MicroBatchLimit = NO_LIMIT, group: Group = ALONE) -> list[RowsT]:
+    """Micro-batches of rows to learn from, each cut to its own longest row."""
     parts = []
     for rows in limit.slices(batch.attention_mask.sum(dim=1), group=group):
         attention_mask = batch.attention_mask[rows]
         width = max(int(attention_mask.any(dim=0).nonzero()[-1]) + 1, 2) if attention_mask.any() else 2
-        parts.append(
-            TokenBatch(batch.token_ids[rows, :width], attention_mask[:, :width], batch.loss_mask[rows, :width])
-        )
+        parts.append(replace(batch, **{name: tensor[rows, :width] for name, tensor in vars(batch).items()}))
     return parts
 
 
@@ -210,13 +209,13 @@ def share_experience(experience: Experience, share: Share) -> Experience:
     return own
 
 
-def share_tokens(batch: TokenBatch, share: Share) -> TokenBatch:
-    """One process's rows to imitate; in rows that only fill up no token counts."""
+def share_tokens(batch: RowsT, share: Share) -> RowsT:
+    """One process's rows to learn from; in rows that only fill up no token counts."""
     if share.rows == list(range(len(batch))):
         return batch
-    loss_mask = batch.loss_mask[share.rows]
-    loss_mask[share.num_real :] = 0
-    return TokenBatch(batch.token_ids[share.rows], batch.attention_mask[share.rows], loss_mask)
+    own = replace(batch, **{name: tensor[share.rows] for name, tensor in vars(batch).items()})
+    own.loss_mask[share.num_real :] = 0
+    return own
 
 
 def share_preferences(batch: PreferenceBatch, share: Share) -> PreferenceBatch:

@@ -10,7 +10,7 @@ from prefero import __version__
 from prefero.cli import main
 
 COMMANDS = [
-    "quickstart", "pipeline", "sft", "reward", "ppo", "generate",
+    "quickstart", "pipeline", "sft", "reward", "ppo", "ilql", "generate",
     "evaluate", "chat", "report", "fetch", "doctor", "config", "dpo", "kto", "orpo", "simpo", "cpo",
 ]  # fmt: skip
 
