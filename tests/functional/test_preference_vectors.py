@@ -1,5 +1,7 @@
 """DPO and its kin against numbers computed by other projects' own code (tests/vectors), values and gradients."""
 
+import math
+
 import pytest
 import torch
 from test_formula_vectors import gradient, leaf, same, vectors
@@ -131,6 +133,8 @@ def test_odds_keep_their_digits_at_both_ends() -> None:
     assert bool(odds.isfinite().all()) and bool((odds[:-1] >= odds[1:]).all())
     assert float(odds[-1].detach()) == -800.0
     assert bool(gradient(odds.sum(), certain).isfinite().all())
+    near = preference.log_odds(torch.tensor([-1e-12, -1e-9], dtype=torch.float64))
+    same(near, torch.tensor([-math.log(math.expm1(x)) for x in (1e-12, 1e-9)], dtype=torch.float64), 1e-12)
     halves = preference.orpo(certain.detach().half(), certain.detach().half(), 1.0)
     assert halves.dtype == torch.float32 and bool(halves.isfinite().all())
 
