@@ -39,11 +39,13 @@ from prefero.recipes.evaluation import (
     paired_standard_error,
 )
 from prefero.recipes.limits import Limits
+from prefero.recipes.ppo import frozen_copy
 from prefero.recipes.reference_cache import cached_references
 from prefero.recipes.rewards import Judging, build_part
 from prefero.recipes.session import Session, Steps, adamw, load_policy, num_parameters, schedule, set_up_machine
 from prefero.recipes.sft import train_sft
 from prefero.recipes.sources import Sources, Split, spread
+from prefero.recipes.start import adapter_of
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.make import make_engine
@@ -68,7 +70,10 @@ def run_preference(session: Session, name: str) -> None:
         with session.stage(name) as stage:
             found = train_preference(stage, name, str(session.run.checkpoints / "sft" / "model"))
     if session.strategy.is_rank_0:
-        shutil.copytree(session.run.checkpoints / name / "model", session.run.model, dirs_exist_ok=True)
+        last = session.run.checkpoints / name
+        shutil.copytree(last / "model", session.run.model, dirs_exist_ok=True)
+        if (adapter := adapter_of(str(last / "model"))) is not None:
+            shutil.copytree(adapter, session.run.checkpoints / "adapter", dirs_exist_ok=True)
     session.finish(found)
 
 
@@ -87,7 +92,9 @@ def train_preference(session: Session, name: str, policy: str) -> dict[str, Any]
     steps = settings.steps or settings.epochs * -(-len(rows) // settings.batch_size)
     session.tracker.start(name, steps)
     optimizer = adamw(config, actor, settings.learning_rate, settings.weight_decay)
-    strategy.prepare((actor, optimizer))
+    # Without its adapters an actor is what it was, unless these had learned before.
+    begun = frozen_copy(actor) if actor.learned_before else None
+    strategy.prepare((actor, optimizer), *([begun] if begun else []))
     references = _references(session, name, actor, [*rows, *heldout])
 
     def loader(items: Sequence[tuple[str, Item]], shuffle: bool) -> Loader[Any, Any]:
@@ -100,7 +107,7 @@ def train_preference(session: Session, name: str, policy: str) -> dict[str, Any]
         optimizer,
         Steps(loader(rows, shuffle=True), steps),
         loader(heldout, shuffle=False),
-        **_options(name, settings),
+        **_options(name, settings, begun),
         micro_batch_size=settings.micro_batch_size or None,
         micro_batch_tokens=settings.micro_batch_tokens or None,
         scheduler=schedule(optimizer, settings.schedule, steps, settings.warmup_fraction),
@@ -115,7 +122,7 @@ def train_preference(session: Session, name: str, policy: str) -> dict[str, Any]
     metrics = trainer.fit()
     keeper.checkpoints.wait()
     session.export(actor, session.run.model, tokenizer)
-    after = samples.look(trainer.num_steps, _reference(session, actor, policy))
+    after = samples.look(trainer.num_steps, begun or _reference(session, actor, policy))
     summary = {"stage": name, "preference_accuracy": metrics[f"{name}/eval_accuracy"], **metrics}
     summary |= samples.summary(after, trainer.num_steps)
     session.finish(summary)
@@ -139,8 +146,11 @@ _OPTIONS = {
 """The keys that are arguments of the trainer, by its name."""
 
 
-def _options(name: str, settings: PreferenceConfig) -> dict[str, Any]:
-    return {key: getattr(settings, key) for key in _OPTIONS[name]}
+def _options(name: str, settings: PreferenceConfig, begun: Actor | None) -> dict[str, Any]:
+    options = {key: getattr(settings, key) for key in _OPTIONS[name]}
+    if getattr(settings, "reference", "") == "adapters":
+        options["reference"] = begun
+    return options
 
 
 class PreferenceRows(NamedTuple):

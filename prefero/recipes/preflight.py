@@ -105,7 +105,8 @@ def _check_unfrozen(config: Config, layers: int) -> None:
 
 def _check_starts(config: Config, stages: set[str]) -> None:
     """That what the first stages begin with can be kept as `model.frozen` says."""
-    frozen, ranks = config.model.frozen, {"sft": config.sft_lora_rank, "ppo": config.model.lora_rank}
+    frozen = config.model.frozen
+    ranks = {"sft": config.sft_lora_rank, **dict.fromkeys(("ppo", *PREFERENCE_STAGES), config.model.lora_rank)}
     for stage, rank in ranks.items():
         if config.model.path and stage in stages and (stage == "sft" or "sft" not in stages):
             start_of(config.model.path, frozen, rank, "model.lora_rank")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def cached_references(
     limit: MicroBatchLimit,
     say: Callable[[str], None],
 ) -> dict[Example, float]:
-    """What the actor, as it is now (with LoRA: without its adapters), makes of each text's completion.
+    """What the actor, as it begins (with LoRA: without its adapters, unless these had learned), makes of each text.
 
     From the file where that is of this model and these texts, else by one pass over them, whose numbers are written
     there. Every process must call this; rank 0 reads and writes. Raises ValueError as `reference_logprobs` does.
@@ -45,6 +45,8 @@ def cached_references(
     group, found, facts = strategy.group, None, {}
     if strategy.is_rank_0:
         model = fingerprint(actor.model.config, state)
+        if actor.learned_before:
+            model += _adapters(state)
         facts = {"model": model, "texts": _digest_of(different), "precision": strategy.precision}
         found = _read(file, facts, say)
     del state
@@ -79,6 +81,14 @@ def _read(file: Path, facts: dict[str, str], say: Callable[[str], None]) -> Tens
         return None
     found: Tensor = numbers
     return found
+
+
+def _adapters(state: Mapping[str, Tensor]) -> str:
+    """Tells adapters from others, which `fingerprint` leaves out."""
+    found = hashlib.sha256()
+    for name in sorted(name for name in state if ".lora_" in name):
+        found.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _digest_of(texts: Sequence[Example]) -> str:

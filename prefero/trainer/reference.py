@@ -23,7 +23,8 @@ def reference_logprobs(
 ) -> dict[Example, float]:
     """The log-probability of each text's completion, summed over its tokens, in the precision of the run.
 
-    reference: as the strategy has placed it; one with LoRA is asked with its adapters off. limit: what is forwarded at
+    reference: as the strategy has placed it; one with LoRA is asked with its adapters off, unless these had learned
+    before: then as it is now. limit: what is forwarded at
     once. The processes share the texts out, and each gets the numbers of all. Raises ValueError for a text whose
     completion has no token, and for no texts.
     """
@@ -36,7 +37,8 @@ def reference_logprobs(
     own = [different[row] for row in share.rows]
     found, device = [], device_of(reference)
     lengths = torch.tensor([len(text.token_ids) for text in own])
-    as_before = reference.reference() if has_lora(reference.model) else nullcontext()
+    without_adapters = has_lora(reference.model) and not reference.learned_before
+    as_before = reference.reference() if without_adapters else nullcontext()
     with evaluating(reference), as_before, strategy.autocast():
         for rows in limit.slices(lengths, group=strategy.group):
             batch = collate_examples(own[rows], 0)

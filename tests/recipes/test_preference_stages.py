@@ -1,6 +1,7 @@
 """`prefero dpo` and its kin: what they leave behind, how they resume, what they refuse and keep of the reference."""
 
 import json
+import math
 import re
 import signal
 from collections.abc import Iterator
@@ -131,6 +132,20 @@ def test_a_command_without_sft_is_one_stage(done: Path, monkeypatch: pytest.Monk
     assert rows(done / "alone" / "metrics.jsonl") == theirs
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_plan_counts_all_rows_and_computes_few(
+    done: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done)
+    assert main(["plan", "own.yaml", "--stage", name, "--steps", "0", "--sft.skip", "--json", f"plan-{name}.json"]) == 0
+    stages = json.loads((done / f"plan-{name}.json").read_text())["stages"]
+    pairs = len(rows(done / "several.jsonl"))
+    kept = {"dpo": range(pairs - 20, pairs), "kto": range(2 * pairs - 40, 2 * pairs)}[name]
+    assert list(stages) == [name] and stages[name]["steps"] in {-(-count // 7) for count in kept}
+    assert {"learn", "sample"} <= stages[name]["phases_mb"].keys()
+    assert f"{name}: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "status"),
     [
@@ -174,6 +189,26 @@ def test_adapters_off_and_numbers_kept_are_one_reference(
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, abs=2e-4)
     assert (done / f"{name}-cached" / "checkpoints" / name / "checkpoints" / "adapter").is_dir()
+
+
+def test_an_adapter_that_goes_on_is_its_own_reference_as_it_began(
+    done: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights in few bytes SFT's adapter is not merged: without it the policy is not what the stage began with."""
+    monkeypatch.chdir(done)
+    lora = ["--model.lora-rank", "2", "--model.frozen", "int8", "--lora-learning-rate-factor", "10"]
+    for reference in ("cached", "adapters"):
+        assert project.run("dpo", f"few-{reference}", "", *lora, "--reference", reference) == 0
+    first, other = (rows(done / f"few-{which}" / "metrics.jsonl") for which in ("cached", "adapters"))
+    for one, two in zip(first, other, strict=True):
+        assert one == pytest.approx(two, abs=2e-4)
+    step = next(row for row in first if "dpo/loss" in row)
+    assert step["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(step["dpo/margin"]) < 1e-4
+    assert project.run("dpo", "few-lost", "term@backward:5", *lora) == STOPPED
+    (done / "few-lost" / "checkpoints" / "dpo" / "checkpoints" / "reference.safetensors").unlink()
+    assert project.run("dpo", "few-lost") == 0
+    project.same("dpo", "few-cached", "few-lost")
+    assert (done / "few-lost" / "checkpoints" / "adapter").is_dir()
 
 
 def test_kto_takes_labels_and_dpo_says_that_it_does_not(

@@ -88,3 +88,17 @@ def test_adapters_that_have_learned_change_nothing(cache: Cache) -> None:
     cache.file.unlink()
     assert cache(model) == first and cache.passes == 2
     assert cache(model) == first and cache.passes == 2
+
+
+def test_adapters_that_had_learned_before_belong_to_the_reference(cache: Cache) -> None:
+    model, other = actor(lora_rank=2), actor(lora_rank=2)
+    plain = cache(model)
+    for name, parameter in other.named_parameters():
+        if ".lora_B." in name:
+            parameter.data += 0.1
+    other.learned_before = True
+    assert cache(other) != plain and "another model" in cache.said[-1]
+    assert cache(other) == cache(other) and cache.passes == 2
+    next(p for name, p in other.named_parameters() if ".lora_B." in name).data[0] += 0.1
+    cache(other)
+    assert cache.passes == 3
