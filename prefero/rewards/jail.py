@@ -88,11 +88,15 @@ def _exactly(fd: int, size: int) -> bytes | None:
 
 def pack(value: Any, keep: Callable[[Any], int]) -> Any:
     """A value as JSON: plain data as it is, anything else as the number that `keep` gives it."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        for kind in (bool, int, float, str):
-            if isinstance(value, kind):
-                return kind(value)
-        return None
+    if value is None or isinstance(value, bool):
+        return value
+    # What is told is what it is, not what a class of the program's says of itself.
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": list(value)}
     if isinstance(value, complex):
@@ -210,7 +214,9 @@ class Link:
     def ask(self, do: str, of: int, *args: Any, **named: Any) -> Any:
         """Has the program do something; what it raises is raised here, if it is one of Python's own exceptions."""
         packed = [pack(arg, self._number) for arg in args]
-        send(self.fd, {"do": do, "of": of, "args": packed, "named": {k: pack(v, self._number) for k, v in named.items()}})
+        send(
+            self.fd, {"do": do, "of": of, "args": packed, "named": {k: pack(v, self._number) for k, v in named.items()}}
+        )
         answer = receive(self.fd)
         if not isinstance(answer, dict):
             raise RuntimeError("the program ended")
@@ -218,8 +224,9 @@ class Link:
             return unpack(answer["value"], self._remote)
         name, text = answer["error"]
         kind = getattr(builtins, str(name), None)
-        known = isinstance(kind, type) and issubclass(kind, Exception)
-        raise (kind if known else RuntimeError)(str(text))
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            raise kind(str(text))
+        raise RuntimeError(f"{name}: {text}")
 
     def _remote(self, number: int) -> Remote:
         return Remote(self, number)
@@ -259,7 +266,7 @@ def run_tests(fd: int, tests: list[str]) -> list[bool]:
             try:
                 Source(text).exec_module(module)
                 passed[number] = True
-            except (Exception, SystemExit):  # noqa: S112 (a test that fails, whatever way it fails)
+            except (Exception, SystemExit):  # noqa: BLE001, S112 (a test that fails, whatever way it fails)
                 continue
     return passed
 
@@ -327,7 +334,8 @@ class Keeper:
                 os.write(map_, b"1")
             os.close(map_)
             _wait_as(outer)
-        os.close(told), os.close(map_)  # noqa: B018
+        os.close(told)
+        os.close(map_)
         self.libc.prctl(_PR_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         self._done(self.libc.unshare(_CLONE), "unshare")
         os.write(tell, b"1")
@@ -400,7 +408,9 @@ class Keeper:
         if self.isolated:
             owner = "" if self.first_id is None else f",uid={_PROGRAM},gid={_PROGRAM}"
             size = max(1, self.settings["file_size"] * 4 >> 20)
-            self._mount("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size}m,nr_inodes=1024,mode=755{owner}")
+            self._mount(
+                "work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size}m,nr_inodes=1024,mode=755{owner}"
+            )
             self.folder = Path("/work")
         else:
             self.folder = Path(tempfile.mkdtemp(dir=self.settings["folder"]))
@@ -491,7 +501,7 @@ class Keeper:
                 os.dup2(ours, theirs)
                 os.set_inheritable(theirs, True)
             environment = {"HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
-            os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", *command], environment)
+            os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", *command], environment)  # noqa: S606
         os._exit(127)
 
     def _write(self, name: str, text: str) -> None:
@@ -529,7 +539,8 @@ class Keeper:
             given = os.open(self.folder / f"input-{number}", os.O_RDONLY)
             outlet, inlet = os.pipe()
             child = self._exec(["program.py"], {given: 0, inlet: 1})
-            os.close(inlet), os.close(given)  # noqa: B018
+            os.close(inlet)
+            os.close(given)
             out, late = self._read(outlet, self.settings["output"])
             ended = not late and len(out) <= self.settings["output"] and self._ended_well(child)
             printed.append(out.decode("utf-8", "replace") if ended else None)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from math_verify import parse, verify
 
 _MOST = 20_000
 """Characters read of an answer, its last ones: what is boxed, or said at the end, is the answer."""
+_WORD = re.compile("[A-Za-z]{3}")
 
 
 def judge(question: dict[str, Any]) -> dict[str, Any]:
-    """{"gold": whether the true answer can be read, "right": whether the given one says the same}."""
-    text = question["gold"].rpartition("####")[2].strip()
-    gold = []
-    # LaTeX without its dollars, as data sets have it, is only found between some.
-    for written in (text, f"${text}$"):
-        gold = gold or parse(written, parsing_timeout=None, fallback_mode="no_fallback")
-    if "answer" not in question or not gold:
-        return {"gold": bool(gold)}
-    answer = parse(question["answer"][-_MOST:], parsing_timeout=None)
-    return {"gold": True, "right": bool(verify(gold, answer, timeout_seconds=None))}
+    """{"gold": whether the true answer can be read, "right": whether the given one says the same}.
+
+    Of several true answers ("golds"), which of them can be read.
+    """
+    if "golds" in question:
+        return {"golds": [bool(_read(gold)) for gold in question["golds"]]}
+    gold = _read(question["gold"])
+    answer = parse(question["answer"][-_MOST:], parsing_timeout=None) if gold else []
+    # The deadline is the sandbox's: alarms would not end what does not return to Python.
+    return {"gold": bool(gold), "right": bool(gold and verify(gold, answer, timeout_seconds=None))}
+
+
+def _read(gold: str) -> list[Any]:
+    """A true answer; LaTeX without its dollars, as data sets have it, is only found between some.
+
+    Words are none: between dollars they would be read as products of letters, which no answer in words ever equals.
+    """
+    text = gold.rpartition("####")[2].strip()
+    read: list[Any] = parse(text, parsing_timeout=None, fallback_mode="no_fallback")
+    if not read and ("\\" in text or not _WORD.search(text)):
+        read = parse(f"${text}$", parsing_timeout=None, fallback_mode="no_fallback")
+    return read

@@ -61,7 +61,7 @@ class _Keeper:
 
     def start(self) -> None:
         """Raises SandboxError with the reason when it cannot close itself off."""
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 (our own script, by our own Python)
             [sys.executable, "-I", "-B", _JAIL],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={}, cwd="/", start_new_session=True, bufsize=0,
@@ -135,9 +135,7 @@ class Sandbox:
     Raises SandboxError where the machine does not permit it, after a trial.
     """
 
-    def __init__(
-        self, limits: Limits, *, isolated: bool = True, judge: str | Path = "", num_workers: int = 0
-    ) -> None:
+    def __init__(self, limits: Limits, *, isolated: bool = True, judge: str | Path = "", num_workers: int = 0) -> None:
         if not hasattr(os, "fork"):
             raise SandboxError(f"nothing can be confined on {sys.platform}: use Linux")
         imports = [path for path in sys.path if path and Path(path).exists()]

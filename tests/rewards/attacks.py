@@ -4,6 +4,8 @@ Each is (name, program, where it must fail): "always", or "isolated" where limit
 return 42; an attack that gets what it wants returns that, or has the test pass in another way.
 """
 
+# ruff: noqa: E501 (an attack a line)
+
 import json
 import os
 import socket
@@ -103,7 +105,9 @@ def try_all(isolated: bool, name: str) -> dict[str, bool]:
         port = str(server.getsockname()[1])
         sandbox = Sandbox(Limits(seconds=SECONDS, processes=8), isolated=isolated, num_workers=2)
         chosen = [attack for attack in ATTACKS if isolated or attack[2] == "always"]
-        programs = [program.replace("NAME", name).replace("PORT", port).replace("NEEDLE", NEEDLE) for _, program, _ in chosen]
+        programs = [
+            program.replace("NAME", name).replace("PORT", port).replace("NEEDLE", NEEDLE) for _, program, _ in chosen
+        ]
         jobs = [{"kind": "tests", "program": IMPORTS + p, "tests": [TEST]} for p in programs]
         begun = time.monotonic()
         answers = sandbox.map(jobs)
