@@ -26,12 +26,13 @@ def judge(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(gold: str) -> list[Any]:
-    """A true answer; LaTeX without its dollars, as data sets have it, is only found between some.
+    """A true answer; LaTeX without its dollars, as data sets have it, is read whole only between some.
 
     Words are none: between dollars they would be read as products of letters, which no answer in words ever equals.
     """
     text = gold.rpartition("####")[2].strip()
-    read: list[Any] = parse(text, parsing_timeout=None, fallback_mode="no_fallback")
-    if not read and ("\\" in text or not _WORD.search(text)):
-        read = parse(f"${text}$", parsing_timeout=None, fallback_mode="no_fallback")
+    bare = "$" not in text and "\\boxed" not in text and ("\\" in text or not _WORD.search(text))
+    read: list[Any] = []
+    for written in (f"${text}$", text) if bare else (text,):
+        read = read or parse(written, parsing_timeout=None, fallback_mode="no_fallback")
     return read
