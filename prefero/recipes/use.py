@@ -92,6 +92,7 @@ def generate(args: Namespace) -> None:
         reward = _reward(args, tokenizer, prompts)
         best = best_of_n(prompts, engine, reward, args.best_of, params)
         rows = [_row(done) | {"reward": done.score.value, "best_of": args.best_of} for done in best]
+        print(f"at most {kl_bound(args.best_of):.3f} nats from the model's own distribution", file=sys.stderr)
     else:
         repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
         completions = engine.generate(repeated, params)
@@ -104,8 +105,6 @@ def generate(args: Namespace) -> None:
     for row in rows:
         chosen = f"(reward {row['reward']:.4g}, the best of {args.best_of})\n" if args.best_of else ""
         print(f"> {for_terminal(row['prompt'])}\n{for_terminal(row['completion'])}\n{chosen}")
-    if args.best_of:
-        print(f"at most {kl_bound(args.best_of):.3f} nats from the model's own distribution", file=sys.stderr)
 
 
 def _row(done: Rollout) -> dict[str, Any]:

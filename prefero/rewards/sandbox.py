@@ -143,8 +143,9 @@ class Sandbox:
         paths = ["/usr", "/lib", "/lib64", "/bin", *sorted({*python, *(imports if judge else [])}, key=len)]
         self.limits = limits
         self.isolated = isolated
-        folder = tempfile.mkdtemp(prefix="prefero-sandbox-")
-        Path(folder).chmod(0o711)  # others find what is theirs in it, and nothing else
+        folder = "" if isolated else tempfile.mkdtemp(prefix="prefero-sandbox-")
+        if folder:
+            Path(folder).chmod(0o711)  # others find what is theirs in it, and nothing else
         settings = asdict(limits) | {
             "isolated": isolated, "judge": str(judge), "imports": imports, "paths": paths, "folder": folder,
         }  # fmt: skip
@@ -190,4 +191,5 @@ class Sandbox:
 def _clean_up(keepers: Sequence[_Keeper], folder: str) -> None:
     for keeper in keepers:
         keeper.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)

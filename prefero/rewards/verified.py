@@ -212,11 +212,13 @@ class CodeTests(_Verified):
 
     def _parse(self, test: str, prompt: Prompt) -> None:
         try:
-            ast.parse(test)
+            tree = ast.parse(test)
+            if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
+                raise ValueError("nothing in it could fail")
         except (SyntaxError, ValueError) as error:
             raise ValueError(
-                f"reward {self.name!r}: the tests of prompt {prompt.id!r} (column {self.column!r}) are no Python: "
-                f"{error}: correct the row or leave it out"
+                f"reward {self.name!r}: {test!r:.200} of prompt {prompt.id!r} (column {self.column!r}) is no test in "
+                f"Python ({error}): correct the row or leave it out"
             ) from None
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -45,14 +46,13 @@ def test_no_attack_gets_what_it_wants() -> None:
 @pytest.mark.parametrize("how", ["isolated", "limited"])
 @pytest.mark.parametrize("user", [65534, 0])
 def test_no_attack_by_another_user_or_without_namespaces(how: str, user: int) -> None:
-    """As an ordinary user, and as root by limits alone; where this is neither root nor the user asked for, as we are."""
-    folder = Path("/tmp/prefero-attacks") / f"{how}-{user}"  # noqa: S108 (what an ordinary user can read)
-    shutil.rmtree(folder, ignore_errors=True)
+    """As an ordinary user, and as root by limits alone; where we are not root, as who we are."""
+    folder = Path(tempfile.mkdtemp())  # where an ordinary user can read
     (folder / "prefero" / "rewards").mkdir(parents=True)
     for name in ("__init__.py", "rewards/__init__.py", "rewards/jail.py", "rewards/sandbox.py"):
         shutil.copy(PACKAGE / name, folder / "prefero" / name)
     shutil.copy(Path(__file__).with_name("attacks.py"), folder)
-    for place in (folder.parent, folder, folder / "prefero", folder / "prefero" / "rewards"):
+    for place in (folder, folder / "prefero", folder / "prefero" / "rewards"):
         place.chmod(0o755)
     is_root = os.geteuid() == 0
     as_user = {"user": user, "group": user, "extra_groups": []} if is_root and user else {}

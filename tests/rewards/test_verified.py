@@ -130,12 +130,13 @@ def test_nothing_is_run_unless_it_is_asked_for() -> None:
         (3, "give tests as Python"),
         ([{"input": "1"}], "give tests as Python"),
         (["assert add(1, 2) == 3", 4], "give tests as Python"),
-        ("assert add(1,", "are no Python"),
+        ("assert add(1,", "is no test in Python"),
+        (["assert add(1, 2) == 3", "72"], "nothing in it could fail"),
     ],
 )
 def test_tests_that_cannot_be_used_are_named(code: CodeTests, tests: Any, message: str) -> None:
     for meet in (lambda: code.check(rollout("", tests=tests).prompt), lambda: code([rollout(RIGHT, tests=tests)])):
-        with pytest.raises(ValueError, match=f"'p1'.*{message}|{message}.*'p1'|'p1'\\).*{message}"):
+        with pytest.raises(ValueError, match=f"'p1'.*{message}"):
             meet()
 
 
