@@ -111,7 +111,7 @@ def build_part(name: str, part: RewardPart, how: Judging, key: str = "") -> Rewa
 def _untrained(key: str) -> str:
     return (
         f"{key} is `trained`, but no reward model was trained before this stage; "
-        f"name one, e.g. --{key} model:runs/my-run/checkpoints/reward/model "
+        f"name one, e.g. --{key.removeprefix('--')} model:runs/my-run/checkpoints/reward/model "
         "(`prefero evaluate` takes it as --reward-model)"
     )
 

@@ -53,10 +53,15 @@ _TESTS, _PROGRAM = 1, 2
 # --- messages ------------------------------------------------------------------------------------------------------
 
 
+def framed(message: Any) -> bytes:
+    """A message as it travels."""
+    text = json.dumps(message).encode()
+    return struct.pack(">I", len(text)) + text
+
+
 def send(fd: int, message: Any) -> None:
     """Writes one message."""
-    text = json.dumps(message).encode()
-    data = memoryview(struct.pack(">I", len(text)) + text)
+    data = memoryview(framed(message))
     while data:
         data = data[os.write(fd, data) :]
 
@@ -292,6 +297,7 @@ class Keeper:
         self.deadline = 0.0
         self.judge: Callable[[Any], Any] | None = None
         self.own: tuple[int, ...] = ()
+        self.started: list[int] = []
 
     def close_off(self) -> None:
         """Takes the namespaces of its own, where it is to, and loads the judge. Raises OSError where it may not."""
@@ -435,7 +441,8 @@ class Keeper:
                     os.kill(-1, signal.SIGKILL)
                 os._exit(0)
             os.waitpid(killer, 0)
-        _end_children(time.monotonic() + 5.0)
+        _end_children(self.started, time.monotonic() + 5.0)
+        self.started.clear()
         os.chdir("/")
         shutil.rmtree(self.folder, ignore_errors=True)
         for place, folders, _ in os.walk(self.folder):  # which may have lost its own owner's right to delete it
@@ -475,7 +482,8 @@ class Keeper:
     def _child(self, do: Callable[[], Any], *keeps: int) -> int:
         """A confined child, with the files `keeps` and no others, whose answer, as JSON, comes out of a pipe."""
         outlet, inlet = os.pipe()
-        if os.fork():
+        if child := os.fork():
+            self.started.append(child)
             os.close(inlet)
             return outlet
         with contextlib.suppress(BaseException):
@@ -492,6 +500,7 @@ class Keeper:
     def _exec(self, command: list[str], files: dict[int, int]) -> int:
         """Starts a program in a child: a fresh Python that has nothing of this process's memory or files."""
         if child := os.fork():
+            self.started.append(child)
             return child
         folder = self.folder
         with contextlib.suppress(BaseException):
@@ -617,13 +626,15 @@ def _reap() -> None:
             os.waitpid(-1, 0)
 
 
-def _end_children(deadline: float) -> None:
-    """Kills and reaps children, and those they leave behind (which become ours), until there are none."""
+def _end_children(started: list[int], deadline: float) -> None:
+    """Kills and reaps children, and those they leave behind (which on Linux become ours), until there are none."""
+    known = {*started}  # until they are reaped: then a number may be somebody else's
     while time.monotonic() < deadline:
-        for child in _children():
+        for child in {*known, *_children()}:
             for end in (os.killpg, os.kill):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     end(child, signal.SIGKILL)
+        known.clear()
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

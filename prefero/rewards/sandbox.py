@@ -98,9 +98,7 @@ class _Keeper:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
-        try:
-            jail.send(self.process.stdin.fileno(), message)
-        except BrokenPipeError:
+        if not _write(self.process.stdin.fileno(), jail.framed(message), deadline):
             return None
         head = _read(self.process.stdout.fileno(), 4, deadline)
         if head is None:
@@ -110,12 +108,30 @@ class _Keeper:
         return None if text is None else json.loads(text)
 
 
+def _ready(fd: int, event: int, deadline: float) -> bool:
+    """Waits until a pipe can be read or written, or has ended; false when time has."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def _write(fd: int, data: bytes, deadline: float) -> bool:
+    """Writes it all, unless time ends or nobody reads."""
+    os.set_blocking(fd, False)
+    rest = memoryview(data)
+    while rest and _ready(fd, select.POLLOUT, deadline):
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BrokenPipeError:
+            return False
+    return not rest
+
+
 def _read(fd: int, size: int, deadline: float) -> bytes | None:
     """Just so many bytes of a pipe; None when it ends before, or time does."""
     pieces = bytearray()
     while len(pieces) < size:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        if not _ready(fd, select.POLLIN, deadline):
             return None
         piece = os.read(fd, min(1 << 16, size - len(pieces)))
         if not piece:
@@ -155,7 +171,7 @@ class Sandbox:
         self._idle: SimpleQueue[_Keeper] = SimpleQueue()
         for keeper in self._keepers:
             self._idle.put(keeper)
-        self._end = weakref.finalize(self, _clean_up, self._keepers, folder)
+        self._end = weakref.finalize(self, _clean_up, self._keepers, folder, os.getpid())
         self._try(self._keepers[0], bool(judge))
 
     def map(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
@@ -188,7 +204,9 @@ class Sandbox:
             raise SandboxError(f"a trial program did not run: {sys.executable} cannot be started there")
 
 
-def _clean_up(keepers: Sequence[_Keeper], folder: str) -> None:
+def _clean_up(keepers: Sequence[_Keeper], folder: str, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the process that they belong to
+        return
     for keeper in keepers:
         keeper.stop()
     if folder:
