@@ -60,7 +60,8 @@ class Judging:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """What the policy's tokens say."""
-        assert self.tokenizer is not None, "steps are scored where a policy is"
+        if self.tokenizer is None:
+            raise ConfigError("a reward of steps was given where no policy answers; use it in ppo.rewards")
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -93,14 +94,14 @@ def build_part(name: str, part: RewardPart, how: Judging, key: str = "") -> Rewa
         return build_rule(key, rest, part.options)
     if kind == "process":
         check_step_judge(rest)
-        return _steps(name, load_step_model(rest, how), part, how)
+        return _steps(name, load_step_model(rest, how), part, how, key)
     if part.use == "vader":
         return Vader()
     if rest:
         with _users_code(f"{key}: loading {part.use}", ValueError):
             function = load_function(part.use)
         if part.options:
-            return _steps(name, StepFunction(_guarded(function, name), name), part, how)
+            return _steps(name, StepFunction(_guarded(function, name), name), part, how, key)
         return FunctionReward(_guarded(function, name), name=name)
     raise ConfigError(
         f"{key} is {part.use!r}; write trained, model:FOLDER, process:FOLDER, module:function, file.py:function, "
@@ -234,12 +235,12 @@ def _check_options(build: Callable[..., Any], given: Mapping[str, Any], known: S
             raise ValueError(f"it needs the option {option!r}")
 
 
-def _steps(name: str, score_steps: StepFunction | StepModel, part: RewardPart, how: Judging) -> StepReward:
+def _steps(name: str, score_steps: StepFunction | StepModel, part: RewardPart, how: Judging, key: str) -> StepReward:
     try:
         _check_options(StepReward, part.options, ("separator", "average"))
         return StepReward(score_steps, how.decode, name=name, **part.options)
     except ValueError as error:
-        raise ConfigError(f"ppo.rewards.{name}.options: {error}") from None
+        raise ConfigError(f"{key.removesuffix('.use')}.options: {error}") from None
 
 
 def check_step_judge(name: str) -> None:
