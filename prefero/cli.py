@@ -117,6 +117,13 @@ def _add_use_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="bad rows to leave out of --prompts")
     command.add_argument("--out", default="", metavar="FILE", help="write JSON lines there instead of printing")
     command.add_argument("--num-samples", type=int, default=1, metavar="N")
+    command.add_argument("--best-of", type=int, default=0, metavar="N", help="of N samples show the highest rewarded")
+    command.add_argument(
+        "--reward",
+        default="",
+        metavar="USE",
+        help="what chooses: as ppo.rewards.*.use, or a part's name (default: the run's)",
+    )
     command.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -131,6 +138,9 @@ def _add_use_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--reward-model", default="", metavar="FOLDER", help="score with this one (default: the run's)"
     )
     command.add_argument("--reference", default="", metavar="MODEL", help="measure KL from it (default: the run's SFT)")
+    command.add_argument(
+        "--best-of", type=int, default=0, metavar="N", help="also reward against KL of the best of 2, 4, ... N samples"
+    )
     command.add_argument("--hhh", action="store_true", help="human preference pairs (needs `prefero fetch bigbench`)")
     command.add_argument("--out", default="", metavar="DIR", help="write a run folder with the results")
     command.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")

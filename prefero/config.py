@@ -228,10 +228,16 @@ class RewardPart:
     """One term of the reward."""
 
     use: str = Field(
-        min_length=1, description="trained, model:FOLDER, module:function, file.py:function, rule:NAME or vader."
+        min_length=1,
+        description="trained, model:FOLDER, process:FOLDER, module:function, file.py:function, rule:NAME or vader.",
     )
     weight: float = Field(default=1.0, description="Factor in the sum.")
     clamp: float = Field(default=0.0, ge=0, description="Limit a reward model's score to ± this; 0: no limit.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What a rule or a process reward takes, by name, e.g. {column: answer}; a function with the option "
+        "`separator` scores steps.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -671,6 +677,8 @@ def _about_rewards(c: Config) -> Iterator[str]:
             yield f"ppo.rewards names a part {name!r}; name it with letters, digits and underscores, a letter first"
         if part.clamp and not part.use.startswith(("trained", "model:")):
             yield f"ppo.rewards.{name}.clamp limits a reward model's score, but `use` is {part.use!r}; remove clamp"
+        if part.options and part.use.startswith(("trained", "model:", "vader")):
+            yield f"ppo.rewards.{name}.options are for rules and rewards of steps; `use` is {part.use!r}: remove them"
         if part.use and part.use == c.evaluate.gold:
             yield (
                 f"evaluate.gold is {part.use!r}, which ppo.rewards.{name} is trained on; "

@@ -50,10 +50,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Score:
-    """A reward and the named parts it was made of (before weights)."""
+    """A reward and the named parts it was made of (before weights).
+
+    steps: what of the value was earned before the end, as (index of the completion's token, points); the rest of the
+    value is earned by the last token. So the points of all tokens are the value.
+    """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    steps: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ BUGS = [
     ("KTO's reference point may be negative", "functional/preference.py", ".mean().clamp_min(0.0).detach()", ".mean().detach()", PREFERENCES),
     ("KTO's reference point is learned from", "functional/preference.py", "z0.detach() if isinstance(z0, Tensor) else z0", "z0", PREFERENCES),
     ("one minus a probability near 1 loses its digits", "functional/preference.py", "torch.log(-torch.expm1(torch.where(near, below, -1.0)))", "torch.log1p(-torch.exp(torch.where(near, below, -1.0)))", PREFERENCES),
+    ("of equal scores the last is chosen", "functional/best_of_n.py", "_mean_of_ties(ordered, worth) * weights", "worth * weights", "tests/functional/test_formula_best_of_n.py"),
+    ("subsets hold a sample twice", "functional/best_of_n.py", "(places - k).clamp_min(0.0) / (count - k)", "places / count", "tests/functional/test_formula_best_of_n.py"),
+    # who scores
+    ("steps are paid at the end", "trainer/collate.py", "per_token[row, index] += points", "per_token[row, -1] += points", "tests/algorithms/test_ppo_steps.py"),
+    ("what cannot be judged is right", "rewards/verified.py", "value = 0.0 if found is None", "value = 1.0 if found is None", "tests/rewards/test_verified.py"),
+    ("words are products of letters", "rewards/judge_math.py", "or not _WORD.search(text)", "or True", "tests/rewards/test_verified.py"),
+    ("a program is asked whether it is right", "rewards/jail.py", '        return iter(self._link.ask("list", self._number))', '        return iter(self._link.ask("list", self._number))\n\n    def __eq__(self, other):\n        return self._link.ask("get", self._number, "__eq__")(other)', "tests/rewards/test_sandbox.py"),
+    ("programs have a network", "rewards/jail.py", "| 0x40000000 |", "|", "tests/rewards/test_sandbox.py"),
     # what reads what
     ("log-probabilities are off by one", "models/base.py", "attention_mask)[:, -num_actions - 1 : -1]\n        index", "attention_mask)[:, -num_actions:]\n        index", METAMORPHIC),
     ("values see the token they judge", "models/base.py", "hidden[:, -count - 1 : -1]", "hidden[:, -count:]", "tests/trainer/test_one_file.py"),

@@ -18,15 +18,16 @@ import torch
 SNAPSHOT = Path(__file__).with_name("public_surface.json")
 
 MODULES = (
-    "algorithms", "algorithms.base", "dataset", "experience_maker", "functional.advantages", "functional.ilql",
-    "functional.kl", "functional.logprobs", "functional.masked", "functional.policy", "functional.preference",
-    "functional.reward", "functional.supervised", "functional.value", "models", "models.auto", "models.base",
-    "models.bloom", "models.deberta", "models.generation", "models.gpt", "models.ilql", "models.llama",
-    "models.loading", "models.lora", "models.loss", "models.opt", "models.utils", "optimizer", "replay_buffer",
-    "replay_buffer.utils", "rewards.base", "rewards.combined", "rewards.functions", "rewards.model",
-    "rewards.rules", "rollout.best_of_n", "rollout.collect", "rollout.engine", "rollout.hf", "strategies",
-    "strategies.sampler", "trainer", "trainer.callbacks", "trainer.strategies", "trainer.strategies.sampler",
-    "types", "utils",
+    "algorithms", "algorithms.base", "dataset", "experience_maker", "functional.advantages",
+    "functional.best_of_n", "functional.ilql", "functional.kl", "functional.logprobs", "functional.masked",
+    "functional.policy", "functional.preference", "functional.reward", "functional.supervised",
+    "functional.value", "models", "models.auto", "models.base", "models.bloom", "models.deberta",
+    "models.generation", "models.gpt", "models.ilql", "models.llama", "models.loading", "models.lora",
+    "models.loss", "models.opt", "models.utils", "optimizer", "replay_buffer", "replay_buffer.utils",
+    "rewards.base", "rewards.combined", "rewards.functions", "rewards.model", "rewards.process",
+    "rewards.rules", "rewards.verified", "rollout.best_of_n", "rollout.collect", "rollout.engine", "rollout.hf",
+    "strategies", "strategies.sampler", "trainer", "trainer.callbacks", "trainer.strategies",
+    "trainer.strategies.sampler", "types", "utils",
 )  # fmt: skip
 
 # What a script of the seed system says, by position and with these defaults; further arguments may follow.

@@ -153,13 +153,16 @@ class PPO(OnlineAlgorithm):
     ) -> Experience:
         """Values, log-probabilities, penalised rewards and advantages of rollouts.
 
-        sequences, attention_mask: [B, S]; action_mask: [B, A], the last A columns; scores: [B]. old_logprobs:
+        sequences, attention_mask: [B, S]; action_mask: [B, A], the last A columns; scores: [B], or [B, A] where tokens
+        have scores of their own (process rewards), whose sum is then the row's score. old_logprobs:
         [B, A] at the settings' temperature, where the sampler kept them (saves a forward). ended: [B], true where
         the completion ended with EOS; needed for the missing-EOS penalty. Raises ValueError naming the row for a
         completion without tokens or a score that is not finite.
         """
         mask = action_mask.bool()
         _refuse_bad_rows(mask, scores)
+        per_token = scores if scores.dim() == 2 else None
+        scores = scores if per_token is None else masked.sum(per_token, mask, dim=1)
         with evaluating(self.actor, self.critic, self.reference):
             if isinstance(self.critic, HydraActor):
                 values = self.critic.values(sequences, mask, attention_mask)
@@ -177,7 +180,7 @@ class PPO(OnlineAlgorithm):
         if ended is not None:
             info["truncated"] = (~ended.bool()).to(old_logprobs.dtype)
         reward = self._final_score(info["score"], ended)
-        values, advantages = self._advantages(reward, old_logprobs, reference_logprobs, values, mask)
+        values, advantages = self._advantages(reward, old_logprobs, reference_logprobs, values, mask, per_token)
         return Experience(
             sequences=sequences,
             action_log_probs=old_logprobs,
@@ -220,9 +223,18 @@ class PPO(OnlineAlgorithm):
         return scores
 
     def _advantages(
-        self, reward: Tensor, logprobs: Tensor, reference: Tensor | None, values: Tensor, mask: Tensor
+        self,
+        reward: Tensor,
+        logprobs: Tensor,
+        reference: Tensor | None,
+        values: Tensor,
+        mask: Tensor,
+        per_token: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Values with zeros behind the mask, and raw advantages: both [B, A], or [B] at the sequence level."""
+        """Values with zeros behind the mask, and raw advantages: both [B, A], or [B] at the sequence level.
+
+        per_token: scores that tokens have of their own; what the row's reward has beyond their sum is its last token's.
+        """
         settings = self.settings
         coefficient = self.kl_coef if reference is not None else 0.0
         reference = logprobs if reference is None else reference
@@ -230,6 +242,10 @@ class PPO(OnlineAlgorithm):
             penalty = masked.sum(kl_formulas.estimate(logprobs, reference, kind="k1"), mask, dim=1)
             return values, reward - coefficient * penalty - values
         values = masked.fill(values, mask)
+        if per_token is not None:
+            per_token = masked.fill(per_token.to(reward.dtype), mask)
+            rest = reward - per_token.sum(dim=1)  # what clipping and a missing EOS have changed
+            reward = per_token + masked.fill(rest[:, None].expand_as(per_token), kl_formulas.last_actions(mask))
         rewards = kl_formulas.penalised_rewards(reward, logprobs, reference, mask, coefficient)
         advantages, _ = advantage_formulas.gae(rewards, values, mask, settings.gamma, settings.lam)
         return values, advantages
@@ -343,13 +359,15 @@ def explained_variance(metrics: dict[str, float]) -> float:
 
 def _refuse_bad_rows(mask: Tensor, scores: Tensor) -> None:
     """Stops at once for what would silently poison an update."""
-    if scores.shape != mask.shape[:1]:
+    if scores.shape not in (mask.shape, mask.shape[:1]):
         raise ValueError(
-            f"the reward gave {tuple(scores.shape)} scores for {mask.shape[0]} completions: one number each is needed"
+            f"the reward gave {tuple(scores.shape)} scores for {mask.shape[0]} completions: one number each is needed, "
+            f"or one for each of their {mask.shape[1]} tokens"
         )
-    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(masked.fill(scores, mask) if scores.dim() == 2 else scores)).nonzero().tolist()
     if bad:
-        raise ValueError(f"the score of row {bad[0]} is {float(scores[bad[0]])}: a reward must be a finite number")
+        value = float(scores[tuple(bad[0])])
+        raise ValueError(f"the score of row {bad[0][0]} is {value}: a reward must be a finite number")
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"the completion of row {empty[0]} is empty: generate at least one token (EOS counts)")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias, cast, overload
 
+from prefero.data import reasoning
 from prefero.data.parsing import (
     MAX_LINE_BYTES,
     BadRowError,
@@ -130,10 +131,13 @@ def read_rows(
 
     source: a path ending in .jsonl, .json, .csv, .tsv or .parquet (.jsonl, .csv and .tsv also with .gz), a folder
     holding `<split>.<one of these>`, or "owner/name" on the hub (needs the extra `hub`); `source:split` names both at
-    once. subset, data_dir: the hub data set's configuration and folder (hh-rlhf keeps its subsets in folders).
+    once. "reasoning-gym:TASK?size=500&seed=0" makes prompts (`data.reasoning`). subset, data_dir: the hub data set's
+    configuration and folder (hh-rlhf keeps its subsets in folders).
     Raises ValueError, naming the file, the line and the cure, for more than `max_bad_rows` bad rows, for a source that
     is missing, unreadable or without rows.
     """
+    if reasoning.names(source):
+        return _collect(enumerate(reasoning.rows(str(source)), 1), str(source), max_bad_rows)
     name, split = _named(source, split)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -147,7 +151,9 @@ def read_rows(
 
 
 def local_file(source: str | Path) -> Path | None:
-    """The file that `read_rows` reads; None where it asks the hub."""
+    """The file that `read_rows` reads; None where it asks the hub or makes the rows."""
+    if reasoning.names(source):
+        return None
     name, split = _named(source, "train")
     path = Path(name).expanduser()
     if path.is_dir():

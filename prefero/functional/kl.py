@@ -47,7 +47,8 @@ def penalised_rewards(
 ) -> Tensor:
     """Per-token rewards: minus `coefficient` times the KL estimate, plus the score on the last action token.
 
-    score: [B]; logprobs, ref_logprobs, action_mask: [B, A]; coefficient >= 0. Returns [B, A] without gradient (the
+    score: [B], or [B, A] where tokens have scores of their own (process rewards), which stay where they are; logprobs,
+    ref_logprobs, action_mask: [B, A]; coefficient >= 0. Returns [B, A] without gradient (the
     penalty is part of the reward), 0 outside the mask. The last action token is the EOS when there is one; a row
     without any action token has nowhere to put its score and gets zeros. ValueError for an unknown kind, a negative
     coefficient or shapes that do not fit. Source: InstructGPT (arXiv:2203.02155, eq. 2); token by token as in
@@ -55,16 +56,23 @@ def penalised_rewards(
     """
     _checks.at_least("coefficient", coefficient, 0.0)
     _checks.same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, action_mask=action_mask)
-    if action_mask.dim() != 2 or score.shape != action_mask.shape[:1]:
+    if action_mask.dim() != 2 or score.shape not in (action_mask.shape, action_mask.shape[:1]):
         raise ValueError(
-            f"score has shape {list(score.shape)} beside action_mask {list(action_mask.shape)}; give [B] and [B, A]"
+            f"score has shape {list(score.shape)} beside action_mask {list(action_mask.shape)}; give [B] or [B, A], "
+            "and [B, A]"
         )
     penalty = masked.fill(estimate(logprobs.detach(), ref_logprobs.detach(), kind), action_mask)
+    score = score.detach().to(penalty.dtype)
+    if score.dim() == 1:
+        return masked.fill(score.unsqueeze(-1).expand_as(penalty), last_actions(action_mask)) - coefficient * penalty
+    return masked.fill(score, action_mask) - coefficient * penalty
+
+
+def last_actions(action_mask: Tensor) -> Tensor:
+    """Where the last action token of each row stands, [B, A] of booleans; nowhere in a row without any."""
     kept = action_mask.bool()
     # A token is the last one when no action token stands to its right; tool output may stand between.
-    last = kept & (kept.flip(-1).cumsum(-1).flip(-1) == 1)
-    score = score.detach().to(penalty.dtype).unsqueeze(-1).expand_as(penalty)
-    return masked.fill(score, last) - coefficient * penalty
+    return kept & (kept.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
 class AdaptiveCoefficient:

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -366,6 +372,14 @@ def load_reward_backbone(name_or_path: str | Path, **options: Any) -> Any:
     options: those of `LoadOptions`. Raises ValueError as `load_causal_lm` does.
     """
     return build(AutoModelForSequenceClassification, name_or_path, None, LoadOptions(**options), new_head=True)
+
+
+def load_token_classifier(name_or_path: str | Path, **options: Any) -> Any:
+    """A Hugging Face token-classification model, such as a process reward model; nothing in it is drawn anew.
+
+    options: those of `LoadOptions`. Raises ValueError as `load_causal_lm` does.
+    """
+    return build(AutoModelForTokenClassification, name_or_path, None, LoadOptions(**options))
 
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:

@@ -18,7 +18,7 @@ from prefero.data.tokenize import Example
 from prefero.functional import masked
 from prefero.models.base import LM, Actor
 from prefero.models.loading import resolve
-from prefero.recipes.evaluation import Examination, kl_from_reference
+from prefero.recipes.evaluation import Examination, best_of_curve, kl_from_reference
 from prefero.recipes.ilql import build_rewards, make_guided_examination
 from prefero.recipes.limits import Limits
 from prefero.recipes.ppo import make_examination
@@ -28,6 +28,8 @@ from prefero.recipes.session import open_session
 from prefero.recipes.sources import Sources, open_sources
 from prefero.recipes.use import load_for_use
 from prefero.rewards.model import ModelReward
+from prefero.rollout.collect import collect
+from prefero.rollout.engine import Engine
 from prefero.rollout.make import make_engine
 from prefero.strategies import NaiveStrategy, Strategy
 from prefero.tracking.base import sample_rows
@@ -35,12 +37,15 @@ from prefero.tracking.report import write_report
 from prefero.tracking.run_folder import RunFolder
 from prefero.types import Completion, Metrics, Prompt, Rollout, ScoredRollout
 
-Measure = Callable[[], tuple[Metrics, list[ScoredRollout]]]
-"""What is left to do once nothing can be wrong any more: the numbers, and the answers they came from."""
+Measure = Callable[[], tuple[Metrics, list[ScoredRollout], dict[str, Metrics]]]
+"""What is left to do once nothing can be wrong any more: the numbers, the answers they came from, and what choosing the
+best of several would give."""
 
 
 def evaluate(args: Namespace) -> None:
     """Runs the evaluation that the arguments ask for and writes it as a run folder."""
+    if args.best_of < 0 or (args.best_of and args.hhh):
+        raise ConfigError(f"--best-of is {args.best_of}; give the number of samples to choose from, and not with --hhh")
     run = Path(args.model).expanduser()
     config = _config(args, run)
     reward_model = _part_of(run, "reward", args.reward_model)
@@ -58,12 +63,14 @@ def evaluate(args: Namespace) -> None:
     ) as session:
         session.tracker.start("eval", 1)
         with strategy.autocast():
-            metrics, rollouts = measure()
+            metrics, rollouts, best_of = measure()
         session.tracker.log_samples(sample_rows(rollouts), 0)
         session.tracker.log(metrics, 0)
-        session.finish({"model": args.model, **metrics})
+        session.finish({"model": args.model, **metrics, **best_of})
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
+    for name, numbers in best_of.items():
+        print(f"{name}: " + ", ".join(f"{key.removeprefix('eval/')} {value:.4f}" for key, value in numbers.items()))
     print(f"report: {write_report(folder)}")
 
 
@@ -101,12 +108,13 @@ def _answers(
     named = _part_of(Path(args.model).expanduser(), "sft", args.reference)
     reference = None if named is None else load_for_use(str(named), config.strategy.device)[0]
 
-    def measure() -> tuple[Metrics, list[ScoredRollout]]:
-        result = examination(make_engine(actor, tokenizer, config.engine))
+    def measure() -> tuple[Metrics, list[ScoredRollout], dict[str, Metrics]]:
+        engine = make_engine(actor, tokenizer, config.engine)
+        result = examination(engine)
         metrics = dict(result.metrics)
         if reference is not None:
             metrics["eval/kl"] = fmean(kl_from_reference(result.rollouts, reference, config.ppo.temperature))
-        return metrics, result.rollouts
+        return metrics, result.rollouts, _best_of(examination, engine, args.best_of)
 
     return measure
 
@@ -128,6 +136,15 @@ def _examination(
     return found
 
 
+def _best_of(examination: Examination, engine: Engine, num_samples: int) -> dict[str, Metrics]:
+    """Reward against KL of choosing among up to so many samples; nothing for fewer than two."""
+    if num_samples < 2:
+        return {}
+    exam = examination
+    rollouts = collect(exam.prompts, engine, exam.reward, exam.sampling, num_samples, exam.group)
+    return best_of_curve(rollouts, exam.yardsticks, num_samples)
+
+
 def _preferences(
     config: Config, actor: Actor, tokenizer: Any, reward_model: Path | None, strategy: Strategy
 ) -> Measure:
@@ -138,7 +155,7 @@ def _preferences(
     for pair in pairs:
         for example in _examples(tokenizer, pair):
             limits.check(pair.id, example.token_ids, "take a model with a longer context")
-    return lambda: (human_preferences(actor, tokenizer, scorer, pairs), [])
+    return lambda: (human_preferences(actor, tokenizer, scorer, pairs), [], {})
 
 
 def hhh_pairs() -> list[Comparison]:

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from prefero.functional import kl, masked
+from prefero.functional import best_of_n, kl, masked
 from prefero.models.base import Actor
 from prefero.models.lora import has_lora
 from prefero.models.trunk import device_of, evaluating
-from prefero.rewards.base import Reward
-from prefero.rollout.collect import collect, completion_of
+from prefero.rewards.base import Reward, checked_scores
+from prefero.rollout.collect import collect, completion_of, score_of
 from prefero.rollout.engine import Engine, SamplingParams
 from prefero.strategies.group import Group
 from prefero.trainer.collate import collate_rollouts
-from prefero.types import Metrics, Prompt, Rollout, Score, ScoredRollout
+from prefero.types import Metrics, Prompt, Rollout, ScoredRollout
 
 Judge = Callable[[str, str], bool]
 
@@ -58,7 +58,7 @@ class Evaluation:
     def from_json(cls, plain: Mapping[str, Any]) -> Evaluation:
         """What `to_json` gave."""
         rollouts = [
-            ScoredRollout(Prompt(id, (), text), completion_of(completion), Score(**score))
+            ScoredRollout(Prompt(id, (), text), completion_of(completion), score_of(score))
             for id, text, completion, score in plain["rollouts"]
         ]
         return cls(dict(plain["metrics"]), rollouts, list(plain["headline"]), list(plain["gold"]))
@@ -141,6 +141,29 @@ def before_after_rows(before: Evaluation, after: Evaluation, count: int = 8) -> 
         if len(rows) == count:
             break
     return rows
+
+
+def best_of_curve(rollouts: Sequence[ScoredRollout], yardsticks: Yardsticks, num_samples: int) -> dict[str, Metrics]:
+    """What choosing the best of 1, 2, 4, ... `num_samples` would give, all estimated from the same samples.
+
+    rollouts: `num_samples` of each prompt, side by side. Keys are best_of_1, best_of_2, ...; each has the reward of the
+    chosen one, its gold score where there is a gold scorer, how far choosing moves the policy in nats by the ties among
+    the samples (`eval/kl_chosen`), and the bound on that. Means over prompts.
+    """
+    scores = torch.tensor([rollout.score.value for rollout in rollouts], dtype=torch.float64).view(-1, num_samples)
+    gold = None
+    if yardsticks.gold is not None:
+        judged = checked_scores(yardsticks.gold, rollouts, yardsticks.gold_name)
+        gold = torch.tensor([score.value for score in judged], dtype=torch.float64).view_as(scores)
+    curve: dict[str, Metrics] = {}
+    for n in sorted({*(2**k for k in range(num_samples.bit_length())), num_samples}):
+        metrics = {"eval/reward": float(best_of_n.expected(scores, n).mean())}
+        if gold is not None:
+            metrics["eval/gold"] = float(best_of_n.expected(scores, n, gold).mean())
+        metrics["eval/kl_chosen"] = statistics.fmean(best_of_n.sampled_kl(row, n) for row in scores)
+        metrics["eval/kl_bound"] = best_of_n.kl_bound(n)
+        curve[f"best_of_{n}"] = metrics
+    return curve
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
         code = Path(use.rpartition(":")[0])
         if code.suffix == ".py" and code.is_file():
             yield str(code), code
-    judges = (use.removeprefix("model:") for use in used if use.startswith("model:"))
+    judges = (use.partition(":")[2] for use in used if use.startswith(("model:", "process:")))
     for name in {config.model.path, config.reward.model, *judges} - {"", "policy"}:
         try:
             folders = list(_folders(name, config.model.frozen))

@@ -169,7 +169,7 @@ def make_examination(
 
     backbone: a policy that the reward may share weights with, and who hears where it cannot.
     """
-    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size)
+    how = Judging(strategy, reward_model, config.reward.max_length, config.evaluate.batch_size, tokenizer=tokenizer)
     yardsticks = sources.yardsticks()
     if config.evaluate.gold:
         gold = build_part("gold", RewardPart(use=config.evaluate.gold), how, "evaluate.gold")

@@ -55,5 +55,5 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is dict:
-        return "named parts"
+        return "named values" if typing.get_args(hint)[1] is Any else "named parts"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[hint]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import traceback
@@ -13,16 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from prefero.config import ConfigError, RewardPart
+from prefero.data.sources import nearest
 from prefero.models.base import Actor, RewardModel
-from prefero.models.loading import load_config, load_tokenizer, resolve
+from prefero.models.loading import load_config, load_token_classifier, load_tokenizer, resolve
 from prefero.models.shared import NotSharedError, reward_on
 from prefero.recipes.limits import Limits
 from prefero.recipes.start import adapter_of
-from prefero.rewards.base import Reward
+from prefero.rewards.base import Checks, Reward
 from prefero.rewards.combined import WeightedSum
 from prefero.rewards.functions import FunctionReward, load_function
 from prefero.rewards.model import ModelReward
-from prefero.rewards.rules import Contains, EndsWithEOS, LengthPenalty, MaxWords, NoRepetition, Vader
+from prefero.rewards.process import StepFunction, StepModel, StepReward
+from prefero.rewards.rules import (
+    Contains,
+    EndsWithEOS,
+    Exact,
+    Format,
+    LengthPenalty,
+    MaxWords,
+    NoRepetition,
+    SoftLimit,
+    Vader,
+)
+from prefero.rewards.verified import CodeTests, MathAnswer, ReasoningGym
 from prefero.strategies import NaiveStrategy, Strategy
 from prefero.types import Prompt
 
@@ -32,7 +46,8 @@ class Judging:
     """How reward models are used: texts of at most `max_length` tokens, `batch_size` at once, placed by `strategy`.
 
     trained: the folder of the reward model that `trained` means, if there is one. backbone: a policy whose frozen
-    weights a reward model uses where it was trained as adapters on them.
+    weights a reward model uses where it was trained as adapters on them. tokenizer: the policy's, which rewards of
+    steps need.
     """
 
     strategy: Strategy
@@ -41,6 +56,14 @@ class Judging:
     batch_size: int = 32
     backbone: Actor | None = None
     say: Callable[[str], None] = print
+    tokenizer: Any = None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """What the policy's tokens say."""
+        if self.tokenizer is None:
+            raise ConfigError("a reward of steps was given where no policy answers; use it in ppo.rewards")
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
 
 def build_reward(parts: Mapping[str, RewardPart], how: Judging) -> Reward:
@@ -68,22 +91,28 @@ def build_part(name: str, part: RewardPart, how: Judging, key: str = "") -> Rewa
     if kind == "model":
         return load_model_reward(rest, how, part.clamp)
     if kind == "rule":
-        return build_rule(key, rest)
+        return build_rule(key, rest, part.options)
+    if kind == "process":
+        check_step_judge(rest)
+        return _steps(name, load_step_model(rest, how), part, how, key)
     if part.use == "vader":
         return Vader()
     if rest:
         with _users_code(f"{key}: loading {part.use}", ValueError):
             function = load_function(part.use)
+        if part.options:
+            return _steps(name, StepFunction(_guarded(function, name), name), part, how, key)
         return FunctionReward(_guarded(function, name), name=name)
     raise ConfigError(
-        f"{key} is {part.use!r}; write trained, model:FOLDER, module:function, file.py:function, rule:NAME or vader"
+        f"{key} is {part.use!r}; write trained, model:FOLDER, process:FOLDER, module:function, file.py:function, "
+        "rule:NAME or vader"
     )
 
 
 def _untrained(key: str) -> str:
     return (
         f"{key} is `trained`, but no reward model was trained before this stage; "
-        f"name one, e.g. --{key} model:runs/my-run/checkpoints/reward/model "
+        f"name one, e.g. --{key.removeprefix('--')} model:runs/my-run/checkpoints/reward/model "
         "(`prefero evaluate` takes it as --reward-model)"
     )
 
@@ -95,11 +124,12 @@ def check_part(name: str, part: RewardPart, prompts: Sequence[Prompt], *, traine
     """
     if part.use.startswith("model:"):
         check_judge(part.use.removeprefix("model:"))
+    elif part.use.startswith("process:"):
+        check_step_judge(part.use.removeprefix("process:"))
     elif part.use != "trained":
         reward = build_part(name, part, Judging(NaiveStrategy("cpu"), None), key)
-        if isinstance(reward, FunctionReward):
-            for prompt in prompts:
-                reward.check(prompt)
+        if isinstance(reward, Checks):
+            reward.check(*prompts)
     elif not trained:
         raise ConfigError(_untrained(key or f"ppo.rewards.{name}.use"))
 
@@ -133,13 +163,19 @@ def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 STATISTICS = "score_statistics.json"
 """The file beside an exported reward model that says where its scores' zero and unit lie."""
 
-_RULES: dict[str, Callable[[str], Reward]] = {
-    "contains": lambda words: Contains(tuple(words.split(","))),
-    "ends_with_eos": lambda text: EndsWithEOS() if not text else _refuse(text),
-    "length_penalty": lambda free: LengthPenalty(_whole(free or "0")),
-    "max_words": lambda limit: MaxWords(_whole(limit)),
-    "no_repetition": lambda size: NoRepetition(_whole(size or "3")),
-}
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a rule is built: from options by name, of which one may also stand behind the rule's own name."""
+
+    build: Callable[..., Reward]
+    first: str = ""
+    read: Callable[[str], Any] = str
+    needed: bool = False
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
 
 
 def _whole(text: str) -> int:
@@ -149,19 +185,80 @@ def _whole(text: str) -> int:
         raise ValueError(f"it needs a whole number after its name, not {text!r}") from None
 
 
-def _refuse(text: str) -> Reward:
-    raise ValueError(f"this rule takes nothing after its name, not {text!r}")
+_RULES: dict[str, _Rule] = {
+    "code": _Rule(CodeTests, "column"),
+    "contains": _Rule(Contains, "words", _words, needed=True),
+    "ends_with_eos": _Rule(EndsWithEOS),
+    "exact": _Rule(Exact, "column"),
+    "format": _Rule(Format, "pattern"),
+    "length_penalty": _Rule(LengthPenalty, "free", _whole),
+    "math": _Rule(MathAnswer, "column"),
+    "max_words": _Rule(MaxWords, "limit", _whole, needed=True),
+    "no_repetition": _Rule(NoRepetition, "size", _whole),
+    "reasoning-gym": _Rule(ReasoningGym),
+    "soft_limit": _Rule(SoftLimit, "limit", _whole),
+}
 
 
-def build_rule(key: str, text: str) -> Reward:
-    """A rule as NAME or NAME:ARGUMENT, e.g. max_words:30, no_repetition:3, contains:please,thanks; key: who uses it."""
+def build_rule(key: str, text: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """A rule as NAME or NAME:ARGUMENT, e.g. max_words:30, no_repetition:3, contains:please,thanks, with its options.
+
+    key: who uses it. Raises ConfigError naming the key and the rule for one that is unknown or cannot be.
+    """
     name, _, argument = text.partition(":")
     if name not in _RULES:
         raise ConfigError(f"{key} names the rule {name!r}; the rules are {', '.join(_RULES)}")
+    rule, given = _RULES[name], dict(options or {})
     try:
-        return _RULES[name](argument)
+        if argument and not rule.first:
+            raise ValueError(f"this rule takes nothing after its name, not {argument!r}")
+        if argument or (rule.needed and rule.first not in given):
+            given = {rule.first: rule.read(argument), **given}
+        _check_options(rule.build, given)
+        return rule.build(**given)
     except ValueError as error:
-        raise ConfigError(f"{key} is 'rule:{text}': {error}; e.g. rule:max_words:30") from None
+        example = "; e.g. rule:max_words:30" if rule.needed else ""
+        raise ConfigError(f"{key} is 'rule:{text}': {error}{example}") from None
+
+
+def _check_options(build: Callable[..., Any], given: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Raises ValueError for an option that is unknown, or one that is needed and missing."""
+    takes = {name: p for name, p in inspect.signature(build).parameters.items() if name != "name"}
+    known = known or list(takes)
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"unknown option {option!r}{nearest(option, known)}; it takes {', '.join(known) or 'none'}"
+            )
+    for option in known:
+        if takes[option].default is inspect.Parameter.empty and option not in given:
+            raise ValueError(f"it needs the option {option!r}")
+
+
+def _steps(name: str, score_steps: StepFunction | StepModel, part: RewardPart, how: Judging, key: str) -> StepReward:
+    try:
+        _check_options(StepReward, part.options, ("separator", "average"))
+        return StepReward(score_steps, how.decode, name=name, **part.options)
+    except ValueError as error:
+        raise ConfigError(f"{key.removesuffix('.use')}.options: {error}") from None
+
+
+def check_step_judge(name: str) -> None:
+    """Raises ValueError unless the named model exists and was saved as a judge of steps."""
+    config = load_config(name)
+    kinds = config.architectures or []
+    if not any(kind.endswith("ForTokenClassification") for kind in kinds) or config.num_labels not in (1, 2):
+        raise ConfigError(
+            f"{name} is no process reward model: it was saved as {', '.join(kinds) or 'an unknown kind'} with "
+            f"{config.num_labels} outputs; it must be a token classification with one (a score) or two (wrong, right)"
+        )
+
+
+def load_step_model(name: str, how: Judging) -> StepModel:
+    """A process reward model with its own tokenizer; whole in every process."""
+    model = load_token_classifier(name).requires_grad_(False).to(how.strategy.device)
+    context = Limits.of(model.config).context
+    return StepModel(model, load_tokenizer(name), how.batch_size, *(() if context is None else (context,)))
 
 
 def check_judge(name: str) -> None:

@@ -11,20 +11,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefero.config import load_config
-from prefero.data.formats import to_prompts
+from prefero.config import Config, RewardPart, load_config
+from prefero.data.formats import PromptRow, to_prompts
 from prefero.data.sources import read_rows
-from prefero.data.tokenize import encode_prompt
+from prefero.data.tokenize import encode_prompt, encode_prompts
+from prefero.functional.best_of_n import kl_bound
 from prefero.models.auto import AutoActor
 from prefero.models.base import Actor
 from prefero.models.ilql import ILQLActor, has_value_heads
 from prefero.models.loading import load_tokenizer
+from prefero.recipes.rewards import Judging, build_reward, check_part, parts_or_default
 from prefero.recipes.session import num_parameters, set_up_machine
+from prefero.rewards.base import Reward
+from prefero.rollout.best_of_n import best_of_n
 from prefero.rollout.engine import SamplingParams
 from prefero.rollout.make import make_engine
+from prefero.strategies import NaiveStrategy
 from prefero.strategies.naive import pick_device
 from prefero.tracking.text import for_terminal, visible
-from prefero.types import Message, Prompt
+from prefero.types import Message, Prompt, Rollout
 
 
 def load_for_use(
@@ -70,30 +75,65 @@ def generate(args: Namespace) -> None:
     """`prefero generate`: completions of prompts from the command line, a file or standard input."""
     if args.num_samples < 1:
         raise ValueError(f"--num-samples is {args.num_samples}; give 1 or more")
+    if args.best_of < 0:
+        raise ValueError(f"--best-of is {args.best_of}; give the number of samples to choose from, or 0 for none")
+    if args.best_of and args.num_samples > 1:
+        raise ValueError("--best-of and --num-samples are both given; --best-of shows one answer of so many; use one")
+    if args.reward and not args.best_of:
+        raise ValueError(f"--reward is {args.reward}, but nothing is chosen by it; give --best-of N as well")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out is {args.out}, but there is no folder {Path(args.out).parent}; make it first")
     actor, tokenizer = load_for_use(args.model, args.device, args.trust_remote_code, args.beta)
     chat = _was_chat(args.model) if args.chat is None else args.chat
-    prompts = [encode_prompt(tokenizer, text, id, chat=chat) for id, text in _texts(args)]
+    prompts = encode_prompts(tokenizer, _asked(args), chat=chat)
     params = sampling(args, _context(actor), max(len(prompt.token_ids) for prompt in prompts))
-    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    completions = make_engine(actor, tokenizer).generate(repeated, params)
-    rows = [
-        {
-            "id": prompt.id,
-            "prompt": prompt.text,
-            "completion": done.text,
-            "finish_reason": done.finish_reason,
-        }
-        for prompt, done in zip(repeated, completions, strict=True)
-    ]
+    engine = make_engine(actor, tokenizer)
+    if args.best_of:
+        reward = _reward(args, tokenizer, prompts)
+        best = best_of_n(prompts, engine, reward, args.best_of, params)
+        rows = [_row(done) | {"reward": done.score.value, "best_of": args.best_of} for done in best]
+        print(f"at most {kl_bound(args.best_of):.3f} nats from the model's own distribution", file=sys.stderr)
+    else:
+        repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
+        completions = engine.generate(repeated, params)
+        rows = [_row(Rollout(prompt, done)) for prompt, done in zip(repeated, completions, strict=True)]
     if args.out:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         Path(args.out).write_text(lines, encoding="utf-8")
         print(f"{len(rows)} completions in {args.out}")
         return
     for row in rows:
-        print(f"> {for_terminal(row['prompt'])}\n{for_terminal(row['completion'])}\n")
+        chosen = f"(reward {row['reward']:.4g}, the best of {args.best_of})\n" if args.best_of else ""
+        print(f"> {for_terminal(row['prompt'])}\n{for_terminal(row['completion'])}\n{chosen}")
+
+
+def _row(done: Rollout) -> dict[str, Any]:
+    return {
+        "id": done.prompt.id,
+        "prompt": done.prompt.text,
+        "completion": done.completion.text,
+        "finish_reason": done.completion.finish_reason,
+    }
+
+
+def _reward(args: Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> Reward:
+    """What `--reward` names, as a part of the run's config or as `use`; without it, the reward of the run."""
+    run = Path(args.model).expanduser()
+    file = run / "config.yaml"
+    if not file.is_file() and not args.reward:
+        raise ValueError(f"--best-of needs a reward, and {args.model} is no run folder; give --reward USE")
+    config = load_config(file) if file.is_file() else Config()
+    parts = parts_or_default(config.ppo.rewards)
+    if args.reward:
+        parts = {"reward": parts.get(args.reward) or RewardPart(use=args.reward)}
+    trained = run / "checkpoints" / "reward" / "model"
+    how = Judging(
+        NaiveStrategy(args.device or None), trained if (trained / "config.json").is_file() else None,
+        config.reward.max_length, config.evaluate.batch_size, tokenizer=tokenizer,
+    )  # fmt: skip
+    for name, part in parts.items():
+        check_part(name, part, prompts, trained=how.trained is not None, key="--reward" if args.reward else "")
+    return build_reward(parts, how)
 
 
 def _was_chat(model: str) -> bool:
@@ -102,18 +142,17 @@ def _was_chat(model: str) -> bool:
     return file.is_file() and load_config(file).data.chat
 
 
-def _texts(args: Namespace) -> Iterator[tuple[str, Any]]:
+def _asked(args: Namespace) -> Iterator[PromptRow]:
     if args.prompts and args.prompt:
         raise ValueError("--prompt and --prompts are both given; use one")
     if args.prompts:
-        for row in to_prompts(read_rows(args.prompts, max_bad_rows=args.max_bad_rows)):
-            yield row.id, row.prompt
+        yield from to_prompts(read_rows(args.prompts, max_bad_rows=args.max_bad_rows))
         return
     texts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("there is nothing to continue; give --prompt TEXT, --prompts FILE, or lines on standard input")
     for number, text in enumerate(texts, 1):
-        yield f"prompt {number}", _checked(text, f"prompt {number}")
+        yield PromptRow(f"prompt {number}", _checked(text, f"prompt {number}"))
 
 
 def _checked(text: str, name: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefero.algorithms.ppo import explained_variance
 from prefero.faults import fault
+from prefero.functional.best_of_n import kl_bound
 from prefero.models.base import Actor
 from prefero.recipes.evaluation import (
     Evaluation,
@@ -21,7 +22,7 @@ from prefero.recipes.evaluation import (
     paired_standard_error,
 )
 from prefero.recipes.session import Session
-from prefero.rollout.best_of_n import best_of_n, kl_bound
+from prefero.rollout.best_of_n import best_of_n
 from prefero.rollout.engine import Engine
 from prefero.tracking.base import sample_rows
 from prefero.trainer import PPOTrainer

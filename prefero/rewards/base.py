@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from prefero.types import Rollout, Score
+from prefero.types import Prompt, Rollout, Score
 
 _LARGEST = float(torch.finfo(torch.float32).max)  # rewards become float32 tensors: beyond it they would be infinite
 
@@ -21,6 +21,25 @@ class Reward(Protocol):
     def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
         """One score a rollout, in the order given."""
         ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A reward that can tell from prompts alone whether it will be able to score answers to them."""
+
+    def check(self, *prompts: Prompt) -> None:
+        """Raises ValueError naming the first prompt whose row will not do, what it lacks, and the cure."""
+        ...
+
+
+def column_of(prompt: Prompt, column: str, reward: str) -> Any:
+    """What a reward needs of the prompt's row. Raises ValueError naming both when the row has no such column."""
+    if prompt.columns.get(column) is None:
+        raise ValueError(
+            f"reward {reward!r} needs the column {column!r}, which prompt {prompt.id!r} does not have (it has "
+            f"{sorted(prompt.columns)}): name the column in the data, or give its name as the option `column`"
+        )
+    return prompt.columns[column]
 
 
 def reward_name(reward: object) -> str:
@@ -87,4 +106,13 @@ def _checked(score: Any, name: str, rollout: Rollout) -> Score:
             f"({rollout.prompt.text[:200]!r}): return Score objects, or wrap a plain function in FunctionReward"
         )
     parts = {part: as_number(value, f"{name}/{part}", rollout) for part, value in score.parts.items()}
-    return Score(as_number(score.value, name, rollout), parts)
+    count = len(rollout.completion.token_ids)
+    for index, _ in score.steps:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise ValueError(
+                f"reward {name!r} gave a step at token {index!r} for prompt {rollout.prompt.id!r} "
+                f"({rollout.prompt.text[:200]!r}), whose completion has {count} tokens: give an index from 0 to "
+                f"{count - 1}"
+            )
+    steps = tuple((index, as_number(value, f"{name} step", rollout)) for index, value in score.steps)
+    return Score(as_number(score.value, name, rollout), parts, steps)

@@ -32,10 +32,16 @@ class WeightedSum:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One score a rollout."""
         totals = [0.0] * len(rollouts)
+        steps: list[dict[int, float]] = [{} for _ in rollouts]
         reported: list[dict[str, float]] = [{} for _ in rollouts]
         for part, (reward, weight) in self.parts.items():
             for i, score in enumerate(checked_scores(reward, rollouts, part)):
                 totals[i] += weight * score.value
+                for index, value in score.steps:
+                    steps[i][index] = steps[i].get(index, 0.0) + weight * value
                 reported[i][part] = score.value
                 reported[i] |= {f"{part}/{inner}": value for inner, value in score.parts.items()}
-        return [Score(total, parts) for total, parts in zip(totals, reported, strict=True)]
+        return [
+            Score(total, parts, tuple(sorted(earned.items())))
+            for total, parts, earned in zip(totals, reported, steps, strict=True)
+        ]

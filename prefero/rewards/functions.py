@@ -48,25 +48,29 @@ class FunctionReward:
         """One score a rollout."""
         return [self._score(rollout) for rollout in rollouts]
 
-    def check(self, prompt: Prompt) -> None:
-        """Raises ValueError when the prompt's row lacks a column that the function needs."""
-        missing = sorted(self._needs - prompt.columns.keys())
-        if missing:
-            raise ValueError(
-                f"reward function {self.name!r} needs the column {missing[0]!r}, which prompt {prompt.id!r} "
-                f"does not have (it has {sorted(prompt.columns)}): name the column in the data, or give the parameter "
-                "a default"
-            )
+    def check(self, *prompts: Prompt) -> None:
+        """Raises ValueError when a prompt's row lacks a column that the function needs."""
+        for prompt in prompts:
+            missing = sorted(self._needs - prompt.columns.keys())
+            if missing:
+                raise ValueError(
+                    f"reward function {self.name!r} needs the column {missing[0]!r}, which prompt {prompt.id!r} "
+                    f"does not have (it has {sorted(prompt.columns)}): name the column in the data, or give the "
+                    "parameter a default"
+                )
 
-    def _score(self, rollout: Rollout) -> Score:
-        self.check(rollout.prompt)
-        columns = rollout.prompt.columns
+    def call(self, prompt: Prompt, answer: Any) -> Any:
+        """What the function says of an answer to the prompt, as it is."""
+        self.check(prompt)
         wanted = {
             name: value
-            for name, value in columns.items()
+            for name, value in prompt.columns.items()
             if name in self._accepts or (self._takes_all and name not in self._taken)
         }
-        value = self.function(rollout.prompt.text, rollout.completion.text, **wanted)
+        return self.function(prompt.text, answer, **wanted)
+
+    def _score(self, rollout: Rollout) -> Score:
+        value = self.call(rollout.prompt, rollout.completion.text)
         return Score(as_number(value, self.name, rollout))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefero.types import Rollout, Score
+from prefero.rewards.base import column_of
+from prefero.types import Prompt, Rollout, Score
 
 
 def _whole(rule: str, key: str, value: object, least: int) -> None:
@@ -111,6 +113,93 @@ class Contains(_Rule):
         """Between 0 and 1."""
         present = {word.strip(".,;:!?\"'()[]") for word in rollout.completion.text.lower().split()}
         return sum(word.lower() in present for word in self.words) / len(self.words)
+
+
+@dataclass(frozen=True)
+class Exact(_Rule):
+    """1 where the completion's answer is the text in a column of the row, else 0; white space is not compared.
+
+    pattern: where the answer is found, its last occurrence (of its first group, if it has one); without one, the whole
+    completion is the answer. ignore_case: capitals are not compared either.
+    """
+
+    column: str = "answer"
+    pattern: str = ""
+    ignore_case: bool = False
+    name: str = "exact"
+
+    def __post_init__(self) -> None:
+        _pattern(self.name, self.pattern)
+
+    def check(self, *prompts: Prompt) -> None:
+        """Raises ValueError when a row has no such column."""
+        for prompt in prompts:
+            column_of(prompt, self.column, self.name)
+
+    def score(self, rollout: Rollout) -> float:
+        """1 or 0."""
+        answer: str | None = rollout.completion.text
+        if self.pattern:
+            found = list(re.finditer(self.pattern, rollout.completion.text, re.DOTALL))
+            answer = found[-1][found[-1].re.groups and 1] if found else None
+        true = str(column_of(rollout.prompt, self.column, self.name))
+        return float(answer is not None and self._plain(answer) == self._plain(true))
+
+    def _plain(self, text: str) -> str:
+        words = " ".join(text.split())
+        return words.casefold() if self.ignore_case else words
+
+
+@dataclass(frozen=True)
+class Format(_Rule):
+    """1 where the whole completion, white space at its ends apart, has the form of `pattern`, else 0.
+
+    pattern: a regular expression in which a full stop also stands for line breaks.
+    """
+
+    pattern: str
+    name: str = "format"
+
+    def __post_init__(self) -> None:
+        _pattern(self.name, self.pattern)
+        if not self.pattern:
+            raise ValueError(f"{self.name} pattern is empty: give a regular expression")
+
+    def score(self, rollout: Rollout) -> float:
+        """1 or 0."""
+        return float(re.fullmatch(self.pattern, rollout.completion.text.strip(), re.DOTALL) is not None)
+
+
+@dataclass(frozen=True)
+class SoftLimit(_Rule):
+    """0 up to `limit` - `buffer` tokens, from there falling in a line to -1 at `limit`, and -1 beyond.
+
+    Source: DAPO (arXiv:2503.14476, eq. 13), whose limit is 20480 with a buffer of 4096. EOS counts as a token.
+    """
+
+    limit: int
+    buffer: int
+    name: str = "soft_limit"
+
+    def __post_init__(self) -> None:
+        _whole(self.name, "limit", self.limit, 1)
+        _whole(self.name, "buffer", self.buffer, 1)
+        if self.buffer > self.limit:
+            raise ValueError(f"{self.name} buffer is {self.buffer}: give no more than the limit, {self.limit}")
+
+    def score(self, rollout: Rollout) -> float:
+        """Between -1 and 0."""
+        over = len(rollout.completion.token_ids) - (self.limit - self.buffer)
+        return -min(1.0, max(0.0, over / self.buffer))
+
+
+def _pattern(rule: str, pattern: object) -> None:
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError("it is no text")
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{rule} pattern is {pattern!r}, no regular expression ({error}): correct it") from None
 
 
 class Vader(_Rule):

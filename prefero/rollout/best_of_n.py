@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from prefero.rewards.base import Reward
@@ -10,17 +9,6 @@ from prefero.rollout.collect import collect
 from prefero.rollout.engine import Engine, SamplingParams
 from prefero.strategies.group import ALONE, Group
 from prefero.types import Prompt, ScoredRollout
-
-
-def kl_bound(n: int) -> float:
-    """The most nats best-of-n may lie away from the policy it draws from: log n - (n - 1) / n.
-
-    Exact for continuous rewards without ties, an upper bound otherwise (Beirami et al. 2024,
-    https://arxiv.org/abs/2401.01879). Raises ValueError for n below 1.
-    """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"best-of-n n is {n!r}: give a whole number, 1 or more")
-    return math.log(n) - (n - 1) / n
 
 
 def best_of_n(

@@ -55,7 +55,7 @@ def collect(
     # Every process has the prompts; only what was answered and scored has to travel.
     answers = group.gather_json([[asdict(rollout.completion), asdict(rollout.score)] for rollout in own])
     return [
-        ScoredRollout(prompt, completion_of(completion), Score(**score))
+        ScoredRollout(prompt, completion_of(completion), score_of(score))
         for prompt, (completion, score) in zip(
             [prompt for prompt in prompts for _ in range(num_samples)], answers, strict=True
         )
@@ -79,6 +79,11 @@ def _numbered(prompts: Sequence[Prompt], num_samples: int) -> list[Prompt]:
         numbered.append(replace(prompt, first_sample=again * num_samples) if again else prompt)
         asked[prompt.id] += 1
     return numbered
+
+
+def score_of(plain: dict[str, Any]) -> Score:
+    """A score from its fields, as JSON brought them."""
+    return Score(plain["value"], plain["parts"], tuple((index, value) for index, value in plain["steps"]))
 
 
 def completion_of(plain: dict[str, Any]) -> Completion:

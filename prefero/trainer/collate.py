@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefero.types import Rollout
+from prefero.types import Rollout, Score
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,19 @@ def collate_rollouts(rollouts: Sequence[Rollout], device: torch.device | str = "
         logprobs=(logprobs.float() if torch.device(device).type == "mps" else logprobs).to(device) if known else None,
         ended=torch.tensor([rollout.completion.finish_reason == "stop" for rollout in rollouts], device=device),
     )
+
+
+def score_tensor(scores: Sequence[Score], action_mask: Tensor) -> Tensor:
+    """Scores of completions as a tensor beside action_mask [B, A]: [B], or [B, A] where any has steps.
+
+    Then the points of a step stand at its token, and what the value has beyond its steps at the last token.
+    """
+    values = torch.tensor([score.value for score in scores], device=action_mask.device)
+    if not any(score.steps for score in scores):
+        return values
+    per_token = torch.zeros(action_mask.shape, dtype=values.dtype)
+    for row, score in enumerate(scores):
+        for index, points in score.steps:
+            per_token[row, index] += points
+        per_token[row, int(action_mask[row].sum()) - 1] += score.value - sum(points for _, points in score.steps)
+    return per_token.to(action_mask.device)

@@ -23,7 +23,7 @@ from prefero.rollout.buffer import make_experience_batch, split_experience_batch
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import Engine, SamplingParams
 from prefero.strategies.group import ALONE, Group
-from prefero.trainer.collate import collate_rollouts
+from prefero.trainer.collate import collate_rollouts, score_tensor
 from prefero.trainer.gather import gather_experience
 from prefero.trainer.split import NO_LIMIT, MicroBatchLimit
 from prefero.types import Experience, Prompt, Rollout, Score, ScoredRollout
@@ -186,7 +186,7 @@ class EngineExperienceMaker(ExperienceMaker):
     def _judge(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         device = device_of(self.actor)
         batch = collate_rollouts(rollouts, device)
-        scores = torch.tensor([rollout.score.value for rollout in rollouts], device=device)
+        scores = score_tensor([rollout.score for rollout in rollouts], batch.action_mask)
         return self.algorithm.experience(
             batch.sequences, batch.attention_mask, batch.action_mask, scores, batch.logprobs, batch.ended
         )

@@ -563,7 +563,7 @@ REFUSALS: list[tuple[str, Callable[[], object]]] = [
     (r"mask has shape \[2, 2\] but x has \[2, 3\]", lambda: masked.mean(X, X[:, :2])),
     (r"mask has shape \[3\]", lambda: masked.whiten(X, X[0])),
     (r"ref_logprobs has shape \[2\]", lambda: kl.estimate(X, X[:, 0])),
-    (r"score has shape \[2, 3\].*\[B\]", lambda: kl.penalised_rewards(X, X, X, X, 0.1)),
+    (r"score has shape \[2, 2\].*\[B\]", lambda: kl.penalised_rewards(X[:, :2], X, X, X, 0.1)),
     (r"action_mask has shape \[2, 2\]", lambda: kl.penalised_rewards(X[:, 0], X, X, X[:, :2], 0.1)),
     ("coefficient=-0.1", lambda: kl.penalised_rewards(X[:, 0], X, X, X, -0.1)),
     ("coefficient=nan", lambda: kl.penalised_rewards(X[:, 0], X, X, X, math.nan)),

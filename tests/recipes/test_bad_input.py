@@ -105,7 +105,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--critic-layers", "9"], ["ppo.critic_layers is 9", "only 2 layers"]),
         (["--strategy.device", "quantum"], ["quantum"]),
         (["--sft.skip", "--model.path", ""], ["sft.skip is true and model.path is empty"]),
-        (["--rewards.r.use", "rule:foo"], ["the rules are contains"]),
+        (["--rewards.r.use", "rule:foo"], ["the rules are code, contains"]),
         (["--rewards.r.use", "rule:max_words"], ["whole number", "rule:max_words:30"]),
         (["--rewards.r.use", "rule:ends_with_eos:5"], ["takes nothing after its name"]),
         (["--rewards.r.use", "model:base"], ["base is no reward model", "LlamaForCausalLM"]),

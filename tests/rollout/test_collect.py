@@ -5,8 +5,9 @@ from itertools import count
 
 import pytest
 
+from prefero.functional.best_of_n import kl_bound
 from prefero.rewards.functions import FunctionReward
-from prefero.rollout.best_of_n import best_of_n, kl_bound
+from prefero.rollout.best_of_n import best_of_n
 from prefero.rollout.collect import collect
 from prefero.rollout.engine import SamplingParams
 from prefero.types import Completion, Prompt, Rollout, Score, ScoredRollout
