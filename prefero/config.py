@@ -716,8 +716,9 @@ KINDS_OF_KEYS = {
 }
 """The kinds of strategy that a key of `strategy` has an effect with, where it is not all of them."""
 
-_OF_ONE_COMMAND = ("ilql",)
-"""Sections that are read by the command of that name alone: nobody else means them by the ending of a key."""
+_OF_ONE_COMMAND = (*PREFERENCE_STAGES, "ilql")
+"""Sections that are read by the command of that name alone: others mean them by the ending of a key only where no
+other section has it."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, section: str = "") -> Config:
@@ -827,10 +828,9 @@ def resolve_key(key: str, *, section: str = "", flag: bool = False) -> tuple[str
     """
     path = tuple(key.split("."))
     shown = f"--{key.replace('_', '-')}" if flag else key
-    sections = [item.name for item in fields(Config) if item.name == section or item.name not in _OF_ONE_COMMAND]
-    found = [full for full in (path, *((name, *path) for name in sections)) if _inside(full, Config)]
+    found = [full for full in (path, *((item.name, *path) for item in fields(Config))) if _inside(full, Config)]
     # What another algorithm calls its keys does not make those of a pipeline ambiguous.
-    visible = [full for full in found if full == path or full[0] == section or full[0] not in PREFERENCE_STAGES]
+    visible = [full for full in found if full == path or full[0] == section or full[0] not in _OF_ONE_COMMAND]
     found = visible or found
     own = [full for full in found if full == path or full[0] == section]
     if len(own or found) == 1:
