@@ -191,7 +191,7 @@ def test_stopped_and_resumed_is_left_alone(tmp_path: Path, forks: Any, fault: st
         (["--ilql.rewards.r.use", "rewards.py:nothing"], ["defines no 'nothing'"]),
         (["--data.trajectories", "unrated.jsonl", "--ilql.rewards.r.use", "rewards.py:needs"], ["column 'stars'"]),
         (["--ilql.rewards.r.use", "trained"], ["ilql.rewards.r.use is `trained`", "model:FOLDER"]),
-        (["--ilql.rewards.r.use", "rule:foo"], ["ilql.rewards.r.use", "the rules are contains"]),
+        (["--ilql.rewards.r.use", "rule:foo"], ["ilql.rewards.r.use", "the rules are code, contains"]),
         (["--tau", "1"], ["ilql.tau", "less than 1"]),
         (["--max-new-tokens", "500"], ["500 new ones", "lower ilql.max_new_tokens"]),
         (["--model.path", ""], ["model.path is empty"]),
